@@ -1,0 +1,127 @@
+"""The manifest of one rank of an exported model: the one source of its shapes and rules.
+
+``models.export`` writes it beside the MindIR; agents and server read it, so the server never reads ``models``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from config.serving_config import Target
+
+MANIFEST_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """The folder holds no usable exported model; the message says what is wrong and what to do."""
+
+
+class GraphTensor(msgspec.Struct, frozen=True):
+    """One input or output of a graph; -1 is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TokenizerRules(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server must know of a model's text side beside ``tokenizer.json`` and ``chat_template.jinja``."""
+
+    bos_token_id: int | None
+    add_bos: bool  # a prompt starts with bos_token_id unless it has it already
+    eos_token_ids: tuple[int, ...]  # each of them ends an answer
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call of the graphs can hold."""
+
+    cached_context: bool = True  # prompt rows whose first tokens are in the cache already (chunks)
+    mixed_steps: bool = True  # prompt rows and decoding rows together
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One rank of an exported model."""
+
+    version: int = MANIFEST_VERSION
+    name: str
+    architecture: str
+    target: Target
+    source: str  # the checkpoint's file or folder name
+    source_digest: str  # with export_digest: the export is reused while both match
+    export_digest: str = ""
+    rank: int = 0
+    world_size: int = 1
+    weights: str = "float32"
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    block_size: int
+    cache_write: Literal["graph", "host"]  # who writes new keys and values into the cache
+    capabilities: Capabilities = Capabilities()
+    tokenizer: TokenizerRules
+    inputs: tuple[GraphTensor, ...] = ()  # the same for prefill and decode, in feed order
+    outputs: tuple[GraphTensor, ...] = ()
+    files: dict[str, str] = {}  # name → SHA-256, of every file beside this one
+
+    def cache_block_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values that one block takes over all layers, with ``itemsize`` bytes a number."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * itemsize
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of an exported model.
+
+    Raises:
+        ManifestError: there is none, or it is not one that this version reads.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        raw = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise ManifestError(f"{folder}: no exported model here (no {MANIFEST_FILE}); run python -m models.export") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read: {error}; export the model again") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != MANIFEST_VERSION:
+        raise ManifestError(f"{path}: manifest version {version}, this release reads {MANIFEST_VERSION}; export again")
+    try:
+        return msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{path}: {error}; export the model again") from None
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into ``folder``, readable by a person."""
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (Path(folder) / MANIFEST_FILE).write_bytes(text + b"\n")
+
+
+def verify_files(folder: str | Path, manifest: Manifest) -> None:
+    """Check every file against its digest.
+
+    Raises:
+        ManifestError: a file is missing or is not the one that was exported.
+    """
+    for name, digest in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ManifestError(f"{path}: missing; export the model again")
+        if file_digest(path) != digest:
+            raise ManifestError(f"{path}: is not the file that was exported (SHA-256 differs); export the model again")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

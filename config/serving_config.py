@@ -1,0 +1,218 @@
+"""One deployment's configuration: ``load(path)`` reads a YAML file into frozen records.
+
+Everything may read this module; it reads nothing of ours. A mistake in the file is a ``ConfigError`` that names the file,
+the key and what is allowed there, before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import yaml
+
+Target = Literal["cpu", "ascend", "standin"]
+CacheDtype = Literal["float32", "float16"]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+# A prompt template names one of these, or spells itself out with "{prompt}" in it.
+PROMPT_TEMPLATES = {
+    "internlm": "<s><|User|>:{prompt}<eoh>\n<|Bot|>:",
+    "llama2": "[INST] {prompt} [/INST]",
+}
+CHAT_TEMPLATE = "chat"  # the exported model's own chat template, as one user message
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file and the key."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP side of the deployment."""
+
+    host: str = "127.0.0.1"
+    port: Port = 9811
+    allow_remote: bool = False  # a host other than loopback must be asked for
+    drain_seconds: Seconds = 30.0
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one model accepts at a time; beyond it a request is refused by name, never dropped."""
+
+    max_num_seqs: Positive = 64  # rows of one step
+    max_num_batched_tokens: Positive = 1024  # tokens of one step
+    max_waiting: Positive = 1024  # requests in the queue
+    max_body_bytes: Positive = 2 << 20
+    max_stop_strings: Positive = 16
+    max_top_n_tokens: Positive = 20
+
+
+class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the logs go and what may stand in them."""
+
+    folder: str = "output"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    prompts: bool = False  # prompts are private: off unless asked for
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One exported model, the names it answers to and the agents that run it."""
+
+    path: str
+    names: tuple[str, ...]
+    agent_ports: tuple[Port, ...]
+    target: Target = "cpu"
+    agent_host: str = "127.0.0.1"
+    cache_memory: str = "1GiB"  # of each agent, for keys and values
+    cache_dtype: CacheDtype = "float32"
+    threads: Positive | None = None  # of each agent; None: the physical cores
+    prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
+    step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
+    secret_file: str | None = None  # shared by app and agents; None: one beside the logs
+
+    @property
+    def cache_bytes(self) -> int:
+        """The cache budget of one agent, in bytes."""
+        return parse_size(self.cache_memory)
+
+    def prompt_template(self, name: str) -> str | None:
+        """The template of one served name with ``{prompt}`` in it, ``CHAT_TEMPLATE``, or None: the text as it came."""
+        template = self.prompt_templates.get(name)
+        return None if template is None else PROMPT_TEMPLATES.get(template, template)
+
+
+class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole deployment."""
+
+    models: tuple[ModelConfig, ...]
+    server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def model(self, name: str) -> ModelConfig | None:
+        """The model that serves ``name``, if one does."""
+        return next((model for model in self.models if name in model.names), None)
+
+    def secret_path(self, model: ModelConfig) -> Path:
+        """The file with the secret that this model's agents and the app share."""
+        return Path(model.secret_file or Path(self.logging.folder) / f"agents-{model.agent_ports[0]}.secret")
+
+
+def parse_size(text: str) -> int:
+    """``"512MiB"`` → bytes. Units: B, KiB, MiB, GiB, TiB (powers of 1,024) and KB, MB, GB, TB (powers of 1,000)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write it like 512MiB or 1GB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def load(path: str | Path) -> ServingConfig:
+    """Read and check one deployment file.
+
+    Relative paths in it are meant from the current folder, as on a command line.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, has an unknown key, a wrong type or a value out of range.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        config = msgspec.convert(raw, ServingConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(str(error))}") from None
+    for problem in _problems(config):
+        raise ConfigError(f"{path}: {problem}")
+    return config
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _explain(error: str) -> str:
+    """msgspec's message in the words of the file: ``server.prot: unknown key, did you mean port?``"""
+    message, _, place = error.partition(" - at `")
+    place = place.rstrip("`").removeprefix("$").removeprefix(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
+    if not unknown:
+        return f"{place}: {message}" if place else message
+    record = _record_at(place)
+    known = record.__struct_fields__
+    close = difflib.get_close_matches(unknown[1], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    return f"{place + '.' if place else ''}{unknown[1]}: unknown key, {hint}"
+
+
+def _record_at(place: str) -> type[msgspec.Struct]:
+    """The record that a place like ``models[0]`` or ``server`` in the file is read into."""
+    records: dict[str, type[msgspec.Struct]] = {
+        "models": ModelConfig,
+        "server": ServerConfig,
+        "limits": LimitsConfig,
+        "logging": LoggingConfig,
+    }
+    return records.get(re.split(r"[.\[]", place)[0], ServingConfig)
+
+
+def _problems(config: ServingConfig) -> Iterator[str]:
+    """What the types cannot say: each problem names its key."""
+    if not config.models:
+        yield "models: needs at least one model"
+    hosts = [("server.host", config.server.host)]
+    hosts += [(f"models[{i}].agent_host", model.agent_host) for i, model in enumerate(config.models)]
+    for key, host in hosts:
+        if not is_loopback(host) and not config.server.allow_remote:
+            yield f"{key}: {host} is not loopback; set server.allow_remote: true if other machines may connect"
+    names: dict[str, str] = {}
+    addresses = {(config.server.host, config.server.port): "server.port"}
+    for i, model in enumerate(config.models):
+        yield from _model_problems(f"models[{i}]", model)
+        for name in model.names:
+            if name in names:
+                yield f"models[{i}].names: {name} is served by {names[name]} already"
+            names[name] = f"models[{i}]"
+        for port in model.agent_ports:
+            owner = addresses.setdefault((model.agent_host, port), f"models[{i}].agent_ports")
+            if owner != f"models[{i}].agent_ports" or model.agent_ports.count(port) > 1:
+                yield f"models[{i}].agent_ports: port {port} is taken by {owner} already"
+
+
+def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
+    if not model.names:
+        yield f"{key}.names: needs at least one name"
+    for name in model.names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            yield f"{key}.names: {name!r} cannot stand in a URL; use letters, digits, '.', '_' and '-'"
+    if not model.agent_ports:
+        yield f"{key}.agent_ports: needs one port for each rank of the model"
+    try:
+        parse_size(model.cache_memory)
+    except ValueError as error:
+        yield f"{key}.cache_memory: {error}"
+    for name, template in model.prompt_templates.items():
+        if name not in model.names:
+            yield f"{key}.prompt_templates: {name} is not among the names of this model"
+        if template not in (*PROMPT_TEMPLATES, CHAT_TEMPLATE) and "{prompt}" not in template:
+            known = ", ".join((*PROMPT_TEMPLATES, CHAT_TEMPLATE))
+            yield f"{key}.prompt_templates.{name}: {template!r} is neither one of {known} nor a text with {{prompt}} in it"
+    if model.step_seconds and model.target != "standin":
+        yield f"{key}.step_seconds: only the stand-in model has a chosen step time"

@@ -1,0 +1,46 @@
+"""What can go wrong with a request, with its HTTP status::
+
+    ServingError
+    ├── InvalidRequest      422  a field cannot be used; ``field`` names it
+    ├── UnknownModel        404  no such name is served
+    ├── Overloaded          429  the queue is full; try again after ``retry_after`` seconds
+    ├── NotServing          503  shutting down, or the agents are not there
+    └── GenerationFailed    500  the request was accepted and could not be finished
+
+Routes of every protocol map these, and nothing else, to their own error bodies, in one place each.
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """A request ends with ``message``, meant for the client."""
+
+    status = 500
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequest(ServingError):
+    status = 422
+
+
+class UnknownModel(ServingError):
+    status = 404
+
+
+class Overloaded(ServingError):
+    status = 429
+    retry_after = 1  # seconds
+
+
+class NotServing(ServingError):
+    status = 503
+    retry_after = 5  # seconds
+
+
+class GenerationFailed(ServingError):
+    status = 500
