@@ -75,6 +75,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Bytes of keys and values that one block takes over all layers, with ``itemsize`` bytes a number."""
         return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * itemsize
 
+    def digest(self) -> str:
+        """SHA-256 of all that the ranks of one export share: what ``Hello.manifest_digest`` says."""
+        shared = msgspec.structs.replace(self, rank=0, files={})
+        return hashlib.sha256(msgspec.json.encode(shared)).hexdigest()
+
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of an exported model.

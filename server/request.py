@@ -25,7 +25,8 @@ class GenerationParams:
     """
 
     sampling: SamplingParams = SamplingParams()
-    max_new_tokens: int | None = None  # None: what the context leaves
+    max_new_tokens: int | None = None  # refused beyond what the context leaves
+    default_max_new_tokens: int | None = None  # if max_new_tokens is None; cut to what the context leaves, as is None
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -59,6 +60,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_prompt_logprobs: int = 0  # answered so far, from the prompt's second token on
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     seat: int | None = None
