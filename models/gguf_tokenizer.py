@@ -1,0 +1,121 @@
+"""The tokenizer that a GGUF file's metadata describes.
+
+``tokenizer.ggml.model`` is ``gpt2`` (BPE over bytes; ``tokenizer.ggml.pre`` names how text is split before) or
+``llama`` (SentencePiece's BPE, with scores instead of merges). Token types are SentencePiece's.
+"""
+
+from __future__ import annotations
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from config.manifest import TokenizerRules
+from models.checkpoint_error import CheckpointError
+from models.gguf_file import GGUFFile
+from models.sentencepiece_tokenizer import PieceType, VocabularyPiece, bpe_tokenizer
+from models.text_files import TextFiles, plain_tokenizer_json, unique_ids
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# By tokenizer.ggml.pre: the expressions that split a text, one after another, as llama.cpp applies them.
+SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2_SPLIT,),
+    "smollm": (r"\p{N}", GPT2_SPLIT),
+    "llama3": (LLAMA3_SPLIT,),
+    "llama-v3": (LLAMA3_SPLIT,),
+    "llama-bpe": (LLAMA3_SPLIT,),
+    "qwen2": (QWEN2_SPLIT,),
+}
+LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
+# Control tokens that end an answer beside tokenizer.ggml.eos_token_id: a file names one, chat models have several.
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+def gguf_text(file: GGUFFile) -> TextFiles:
+    """The tokenizer, chat template and rules of a GGUF file.
+
+    Raises:
+        CheckpointError: its tokenizer is of another kind, is incomplete, or does something that is not implemented.
+    """
+    model = file.value("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if model not in builders:
+        raise CheckpointError(f"{file.path}: has a tokenizer of kind {model!r}; supported: {', '.join(builders)}")
+    for key in ("tokenizer.ggml.add_eos_token", "tokenizer.ggml.precompiled_charsmap"):
+        if file.value(key):
+            raise CheckpointError(f"{file.path}: {key} is set, which is not implemented")
+    pieces = _pieces(file)
+    tokenizer = builders[model](file, pieces)
+    return TextFiles(
+        plain_tokenizer_json(tokenizer), file.value("tokenizer.chat_template"), _rules(file, model, pieces)
+    )
+
+
+def _pieces(file: GGUFFile) -> list[VocabularyPiece]:
+    tokens = file.value("tokenizer.ggml.tokens")
+    if not tokens:
+        raise CheckpointError(f"{file.path}: has no tokenizer.ggml.tokens")
+    scores = file.value("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    types = file.value("tokenizer.ggml.token_type") or [PieceType.NORMAL] * len(tokens)
+    if not len(tokens) == len(scores) == len(types):
+        raise CheckpointError(
+            f"{file.path}: has {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types"
+        )
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        raise CheckpointError(f"{file.path}: has the token {twice!r} twice")
+    return [VocabularyPiece(*piece) for piece in zip(tokens, scores, map(PieceType, types), strict=True)]
+
+
+def _byte_level(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:
+    pre = file.value("tokenizer.ggml.pre")
+    if pre not in SPLITS:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.pre is {pre!r}, an unknown way to split text; known: {', '.join(SPLITS)}"
+        )
+    merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", ())]
+    vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
+    lost = [merge for merge in merges if len(merge) != 2 or "".join(merge) not in vocabulary]
+    if lost or not merges:
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges is empty or does not fit the tokens: {lost[:3]}")
+    # Llama 3 takes a word that is a token as it is, even where no merges lead to it.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in LLAMA3))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # so does the tokenizer that the file was made from
+    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS[pre]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for piece in pieces:
+        if piece.type in (PieceType.CONTROL, PieceType.USER_DEFINED):
+            special = piece.type == PieceType.CONTROL
+            tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=special)])
+    return tokenizer
+
+
+def _sentencepiece(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:
+    if file.value("tokenizer.ggml.scores") is None:
+        raise CheckpointError(
+            f"{file.path}: has no tokenizer.ggml.scores, without which its tokens cannot be put together"
+        )
+    if file.value("tokenizer.ggml.remove_extra_whitespaces"):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not implemented")
+    return bpe_tokenizer(pieces, prefix_space=file.value("tokenizer.ggml.add_space_prefix", True))
+
+
+def _rules(file: GGUFFile, model: str, pieces: list[VocabularyPiece]) -> TokenizerRules:
+    bos = file.value("tokenizer.ggml.bos_token_id")
+    by_default = model == "llama" or file.value("tokenizer.ggml.pre") in LLAMA3
+    add_bos = file.value("tokenizer.ggml.add_bos_token", by_default)
+    if add_bos and bos is None:
+        raise CheckpointError(f"{file.path}: prompts begin with a token, but tokenizer.ggml.bos_token_id is missing")
+    named = [file.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    control = {piece.text: i for i, piece in enumerate(pieces) if piece.type == PieceType.CONTROL}
+    ends = unique_ids(*named, *(control.get(token) for token in END_TOKENS))
+    if not ends:
+        raise CheckpointError(f"{file.path}: names no end token (tokenizer.ggml.eos_token_id)")
+    return TokenizerRules(bos_token_id=bos, add_bos=bool(add_bos), eos_token_ids=ends)

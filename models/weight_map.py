@@ -1,0 +1,198 @@
+"""Where each weight of a network is stored: its tensors' names, shapes and row orders in each format.
+
+A weight of ``NetworkConfig.weight_shapes()`` is one or more pieces, stacked along their rows. What a format stores in
+another order than ours is put in order piece by piece, so only one weight is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.checkpoint_error import CheckpointError
+from models.network_config import NetworkConfig
+
+Floats = NDArray[np.float32]
+
+
+class TensorSource(Protocol):
+    """The stored tensors of one checkpoint, by the names of its format."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every stored tensor's shape, rows first."""
+
+    def read(self, name: str) -> Floats:
+        """One tensor as float32 in memory of its own."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor that is a weight, or some rows of one."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    arrange: Callable[[Floats], Floats] | None = None  # its rows into our order
+
+
+WeightMap = dict[str, tuple[Piece, ...]]
+
+GGUF_NAMES = {
+    "embed_tokens": "token_embd",
+    "attention_norm": "blk.{}.attn_norm",
+    "q": "blk.{}.attn_q",
+    "k": "blk.{}.attn_k",
+    "v": "blk.{}.attn_v",
+    "q_norm": "blk.{}.attn_q_norm",
+    "k_norm": "blk.{}.attn_k_norm",
+    "output": "blk.{}.attn_output",
+    "mlp_norm": "blk.{}.ffn_norm",
+    "gate": "blk.{}.ffn_gate",
+    "up": "blk.{}.ffn_up",
+    "down": "blk.{}.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+HUGGINGFACE_NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "q": "model.layers.{}.self_attn.q_proj",
+    "k": "model.layers.{}.self_attn.k_proj",
+    "v": "model.layers.{}.self_attn.v_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
+    "output": "model.layers.{}.self_attn.o_proj",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "gate": "model.layers.{}.mlp.gate_proj",
+    "up": "model.layers.{}.mlp.up_proj",
+    "down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+INTERNLM2_NAMES = {
+    "embed_tokens": "model.tok_embeddings",
+    "attention_norm": "model.layers.{}.attention_norm",
+    "qkv": "model.layers.{}.attention.wqkv",
+    "output": "model.layers.{}.attention.wo",
+    "mlp_norm": "model.layers.{}.ffn_norm",
+    "gate": "model.layers.{}.feed_forward.w1",
+    "up": "model.layers.{}.feed_forward.w3",
+    "down": "model.layers.{}.feed_forward.w2",
+    "norm": "model.norm",
+    "head": "output",
+}
+
+
+def gguf_weight_map(config: NetworkConfig) -> WeightMap:
+    """The weights of a GGUF file. Converters put the rotary pairs of Llama and InternLM2 side by side, not Qwen's."""
+    paired = config.architecture in ("llama", "internlm2")
+    return _weight_map(config, GGUF_NAMES, _halves_from_pairs if paired else None)
+
+
+def huggingface_weight_map(config: NetworkConfig) -> WeightMap:
+    """The weights of a Hugging Face folder."""
+    names = INTERNLM2_NAMES if config.architecture == "internlm2" else HUGGINGFACE_NAMES
+    return _weight_map(config, names, None)
+
+
+def _weight_map(
+    config: NetworkConfig, names: dict[str, str], rotary: Callable[[Floats, int], Floats] | None
+) -> WeightMap:
+    pieces = {}
+    for weight, shape in config.weight_shapes().items():
+        layer, kind = _split(weight)
+        suffix = ".bias" if kind.endswith("_bias") else ".weight"
+        role = kind.removesuffix("_bias")
+        if role == "qkv":
+            pieces[weight] = tuple(_qkv_pieces(config, names, shape, rotary))
+        elif role == "gate_up":
+            half = (config.intermediate_size, config.hidden_size)
+            pieces[weight] = (Piece(names["gate"], half), Piece(names["up"], half))
+        else:
+            pieces[weight] = (Piece(names[role], shape),)
+        pieces[weight] = tuple(
+            Piece(piece.tensor.format(layer) + suffix, piece.shape, piece.arrange) for piece in pieces[weight]
+        )
+    return pieces
+
+
+def _split(weight: str) -> tuple[str, str]:
+    """``layers.3.qkv`` → ``3``, ``qkv``; ``norm`` → nothing, ``norm``."""
+    if not weight.startswith("layers."):
+        return "", weight
+    _, layer, kind = weight.split(".")
+    return layer, kind
+
+
+def _qkv_pieces(
+    config: NetworkConfig,
+    names: dict[str, str],
+    shape: tuple[int, ...],
+    rotary: Callable[[Floats, int], Floats] | None,
+) -> Iterator[Piece]:
+    if "qkv" in names:
+        yield Piece(names["qkv"], shape, lambda rows: _unpack_groups(rows, config))
+        return
+    for role, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+        arrange = None if rotary is None or role == "v" else _bind_heads(rotary, heads)
+        yield Piece(names[role], (heads * config.head_dim, *shape[1:]), arrange)
+
+
+def _bind_heads(rotary: Callable[[Floats, int], Floats], heads: int) -> Callable[[Floats], Floats]:
+    return lambda rows: rotary(rows, heads)
+
+
+def _halves_from_pairs(rows: Floats, heads: int) -> Floats:
+    """Rotary partners from rows ``2i, 2i + 1`` of a head to rows ``i, i + d/2``; undoes llama.cpp's ``permute``."""
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, d/2, 2, …]
+    return paired.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _unpack_groups(rows: Floats, config: NetworkConfig) -> Floats:
+    """InternLM2's ``wqkv``, for each key/value head its query heads, the key and the value → all q, all k, all v."""
+    group = config.num_heads // config.num_kv_heads
+    packed = rows.reshape(config.num_kv_heads, group + 2, config.head_dim, *rows.shape[1:])
+    parts = packed[:, :group], packed[:, group], packed[:, group + 1]
+    return np.concatenate([part.reshape(-1, *rows.shape[1:]) for part in parts])
+
+
+def read_weight(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Floats:
+    """One weight, C-contiguous, in memory of its own."""
+    parts = [(piece, tensors.read(piece.tensor)) for piece in pieces]
+    arranged = [part if piece.arrange is None else piece.arrange(part) for piece, part in parts]
+    return np.ascontiguousarray(arranged[0] if len(arranged) == 1 else np.concatenate(arranged))
+
+
+def check_tensors(source: str, tensors: TensorSource, weights: WeightMap, unused: Callable[[str], bool]) -> None:
+    """See that the checkpoint holds exactly the tensors of this network, before anything is read.
+
+    ``unused`` tells which other tensors carry nothing that the network lacks.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is one that this network has no place for.
+    """
+    needed = {piece.tensor: piece.shape for pieces in weights.values() for piece in pieces}
+    stored = tensors.shapes
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        raise CheckpointError(f"{source}: lacks {_listed(missing)}, which this architecture needs")
+    for name, shape in needed.items():
+        if stored[name] != shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(stored[name])}, its configuration says {list(shape)}"
+            )
+    extra = [name for name in stored if name not in needed and not unused(name)]
+    if extra:
+        raise CheckpointError(
+            f"{source}: holds {_listed(extra)}, which this architecture does not use; "
+            "the model is not the one that its configuration describes"
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
