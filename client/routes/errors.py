@@ -1,0 +1,96 @@
+"""From an exception to its HTTP response, in this one place.
+
+Everything that can be refused is refused by raising: a ``ServingError`` by our own code, the rest by the framework.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from client.schemas.error import ErrorBody
+from server.errors import NotServing, Overloaded, ServingError
+
+logger = logging.getLogger(__name__)
+
+STATUS_TEXTS = {
+    400: "the body cannot be read as JSON",
+    404: "there is nothing at this path; /docs lists what there is",
+    405: "this path does not take this method",
+}
+INTERNAL = "the server could not finish this request; its log says why under request id {}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """An error as the client sees it."""
+
+    status: int
+    message: str
+    field: str | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def response(self) -> Response:
+        return JSONResponse(
+            ErrorBody(error=self.message, field=self.field).model_dump(), status_code=self.status, headers=self.headers
+        )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of ``app``'s routes with a ``Problem``."""
+    for kind in (ServingError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _respond)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These error statuses for a route's ``responses``."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def problem_of(error: Exception, request_id: str) -> Problem:
+    """What a client is told of ``error``; of an internal one, only where to look it up."""
+    match error:
+        case ServingError(status=500):
+            return Problem(status=500, message=INTERNAL.format(request_id))
+        case ServingError():
+            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded | NotServing) else {}
+            return Problem(status=error.status, message=error.message, field=error.field, headers=headers)
+        case RequestValidationError():
+            return _invalid(error)
+        case HTTPException():
+            message = STATUS_TEXTS.get(error.status_code, error.detail)
+            return Problem(status=error.status_code, message=message, headers=dict(error.headers or {}))
+        case _:
+            return Problem(status=500, message=INTERNAL.format(request_id))
+
+
+async def _respond(request: Request, error: Exception) -> Response:
+    request_id: str = request.state.request_id
+    problem = problem_of(error, request_id)
+    if problem.status >= 500:
+        logger.error("request %s: %s: %s", request_id, type(error).__name__, error)
+    # A 500 is answered outside the middleware that would add the id.
+    problem.headers.setdefault("X-Request-Id", request_id)
+    return problem.response()
+
+
+def _invalid(error: RequestValidationError) -> Problem:
+    """The first thing that is wrong with a body, by the name that the client knows."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Problem(
+            status=400, message=f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
+        )
+    names = [part for part in first["loc"] if isinstance(part, str) and part not in ("body", "query", "parameters")]
+    name = names[0] if names else str(first["loc"][-1])
+    if first["type"] == "extra_forbidden":
+        message = "is not a field of this request"
+    else:
+        message = first["msg"][0].lower() + first["msg"][1:]
+    return Problem(status=422, message=f"{name}: {message}", field=name)
