@@ -1,0 +1,120 @@
+"""The C++ operators as a shared library: built once on the machine that runs them, found again by what it was built from.
+
+``python -m kernels.library`` builds it and says where it is. Without a C++ compiler there is no library, and models run on
+MindSpore's standard operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FOLDER = SOURCES.parent / "output" / "kernels"
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-shared", "-fPIC")
+
+logger = logging.getLogger(__name__)
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it failed; the message says which and what it printed."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler: what ``CXX`` names, else the first one found."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """Let the compiler use this machine's instructions: the library never leaves it."""
+    return ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
+
+
+def path() -> Path:
+    """Where the library of these sources, this compiler and this CPU belongs, built or not."""
+    digest = hashlib.sha256(" ".join((compiler() or "", *FLAGS, *cpu_flags(), cpu_name())).encode())
+    for source in sources():
+        digest.update(source.read_bytes())
+    return FOLDER / f"libnative-{digest.hexdigest()[:16]}.so"
+
+
+def sources() -> list[Path]:
+    """Everything the library is made of."""
+    return sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")])
+
+
+def cpu_name() -> str:
+    """What tells this CPU's instructions from another's: a library built for one may not run on the other."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def build() -> Path:
+    """Build the library unless it is there; half-built ones are never seen.
+
+    Raises:
+        BuildError: no compiler, or its error.
+    """
+    target = path()
+    if target.exists():
+        return target
+    command = compiler()
+    if command is None:
+        raise BuildError("no C++ compiler found (g++, clang++ or what CXX names)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        output = Path(scratch) / target.name
+        files = [str(source) for source in sources() if source.suffix == ".cc"]
+        done = subprocess.run(
+            [command, *FLAGS, *cpu_flags(), *files, "-o", str(output)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BuildError(f"{command} failed:\n{done.stderr.strip()}")
+        output.replace(target)
+    return target
+
+
+class Library:
+    """The loaded library's own functions."""
+
+    def __init__(self, file: Path) -> None:
+        """Load the library that ``build`` made."""
+        self.file = file
+        self._handle = ctypes.CDLL(str(file))
+        self._handle.native_last_error.restype = ctypes.c_char_p
+
+    def set_threads(self, threads: int) -> None:
+        """Threads of every operator from now on."""
+        self._handle.native_set_threads(ctypes.c_int(threads))
+
+    def last_error(self) -> str:
+        """Why the last failing operator failed; empty if none did."""
+        text: bytes = self._handle.native_last_error()
+        return text.decode(errors="replace")
+
+
+def main() -> int:
+    """Build and report; 0 also where there is no compiler, since everything runs without one."""
+    try:
+        print(f"C++ operators: {build()}")  # noqa: T201
+    except BuildError as error:
+        print(f"C++ operators: not built: {error}", file=sys.stderr)  # noqa: T201
+        print("models will run on MindSpore's standard operators, which are several times slower", file=sys.stderr)  # noqa: T201
+        return 0 if compiler() is None else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+// What every operator of this library shares: MindSpore's calling convention, checked arguments and errors with a text.
+//
+// MindSpore calls an operator as NAME(count, pointers, ranks, shapes, dtypes, stream, extra), inputs first, outputs last. An
+// operator that finds a wrong argument returns non-zero and leaves its reason in last_error(); it never reads outside its
+// buffers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+struct AotExtra;  // MindSpore's own; passed along, never used here
+
+// MindSpore's numbers for element types, as InferType functions return them.
+enum TypeId : int { kNumberTypeFloat16 = 42, kNumberTypeFloat32 = 43 };
+
+namespace native {
+
+std::string &last_error_text();
+
+// The message stays valid until the next failing call.
+inline int fail(const char *op, const std::string &why) {
+  last_error_text() = std::string(op) + ": " + why;
+  return 1;
+}
+
+inline void require(bool holds, const std::string &otherwise) {
+  if (!holds) throw std::invalid_argument(otherwise);
+}
+
+// The arguments of one call, read with their dtype and rank checked.
+class Arguments {
+ public:
+  Arguments(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes)
+      : count_(count), pointers_(pointers), ranks_(ranks), shapes_(shapes), dtypes_(dtypes) {}
+
+  void expect(int count) const {
+    require(count_ == count, std::to_string(count_) + " arguments instead of " + std::to_string(count));
+  }
+  template <typename T>
+  T *data(int i, const char *dtype, int rank) const {
+    require(is(i, dtype), name(i) + " is " + dtypes_[i] + " instead of " + dtype);
+    require(ranks_[i] == rank, name(i) + " has rank " + std::to_string(ranks_[i]) + " instead of " + std::to_string(rank));
+    return static_cast<T *>(pointers_[i]);
+  }
+  void *raw(int i) const { return pointers_[i]; }
+  bool is(int i, const char *dtype) const { return std::strcmp(dtypes_[i], dtype) == 0; }
+  int rank(int i) const { return ranks_[i]; }
+  int64_t dim(int i, int axis) const { return shapes_[i][axis]; }
+  void expect_dim(int i, int axis, int64_t size) const {
+    require(dim(i, axis) == size, name(i) + " has " + std::to_string(dim(i, axis)) + " instead of " +
+                                      std::to_string(size) + " on axis " + std::to_string(axis));
+  }
+
+ private:
+  static std::string name(int i) { return "argument " + std::to_string(i); }
+  int count_;
+  void **pointers_;
+  int *ranks_;
+  int64_t **shapes_;
+  const char **dtypes_;
+};
+
+// Runs an operator's body and turns what it throws into MindSpore's return code.
+template <typename Body>
+int guarded(const char *op, Body &&body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception &error) {
+    return fail(op, error.what());
+  }
+}
+
+}  // namespace native

@@ -1,0 +1,118 @@
+"""The network of every supported family, read top to bottom: embedding, layers, head.
+
+Shapes: T new tokens of R rows (one row: one request's share of the step), M blocks a row of B tokens, L wanted positions,
+H query heads on K key/value heads of D numbers. All of a step's rows stand one after another in the T tokens, so one call
+holds several prompts, rows of any length and rows whose first tokens are cached. ``Phase`` says which rows a graph is
+for: *prefill* takes any, *decode* only rows of one token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from numpy.typing import NDArray
+
+from models.network_config import NetworkConfig, RopeScaling
+
+Phase = Literal["prefill", "decode"]
+Weights = Callable[[str], Parameter | None]  # by the names of network_config
+
+
+class Layer(nn.Cell):  # type: ignore[misc]
+    """Attention and gated MLP, each on the residual stream."""
+
+    def __init__(
+        self, config: NetworkConfig, index: int, weights: Weights, operators: ModuleType, phase: Phase
+    ) -> None:
+        super().__init__(auto_prefix=False)
+
+        def weight(name: str) -> Parameter | None:
+            return weights(f"layers.{index}.{name}")
+
+        eps = config.norm_eps
+        self.qkv = operators.NormLinear(weight("attention_norm"), eps, weight("qkv"), weight("qkv_bias"))
+        self.attention = operators.ATTENTION[phase](config, index, weight("q_norm"), weight("k_norm"))
+        self.output = operators.ResidualLinear(weight("output"), weight("output_bias"))
+        self.gate_up = operators.NormGatedLinear(weight("mlp_norm"), eps, weight("gate_up"))
+        self.down = operators.ResidualLinear(weight("down"))
+
+    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+        attended, fresh = self.attention(self.qkv(x), geometry, key_cache, value_cache)
+        x = self.output(x, attended)
+        return self.down(x, self.gate_up(x)), fresh
+
+
+class Network(nn.Cell):  # type: ignore[misc]
+    """A whole decoder for one phase.
+
+    Inputs: ``token_ids, positions, slot_mapping`` i32 [T]; ``block_tables`` i32 [R, M]; ``query_lens, context_lens`` i32
+    [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's block b is
+    at l * num_blocks + b.
+
+    Outputs: logits f32 [L, vocab], and from operators that leave the cache to the host every layer's new keys and values,
+    f32 [layers, T, K, D] each.
+    """
+
+    def __init__(
+        self, config: NetworkConfig, weights: Weights, operators: ModuleType, phase: Phase, block_size: int
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.embed_tokens = weights("embed_tokens")
+        self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
+        self.layers = nn.CellList(
+            [Layer(config, i, weights, operators, phase) for i in range(config.num_layers)], auto_prefix=False
+        )
+        head = self.embed_tokens if config.tied_embeddings else weights("head")
+        self.head = operators.NormLinear(weights("norm"), config.norm_eps, head)
+
+    def construct(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        query_lens: Tensor,
+        context_lens: Tensor,
+        logits_indices: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+    ) -> Any:
+        x = ops.gather(self.embed_tokens, token_ids, 0)
+        geometry = self.geometry(positions, slot_mapping, block_tables, query_lens, context_lens)
+        keys: Any = ()
+        values: Any = ()
+        for layer in self.layers:
+            x, fresh = layer(x, geometry, key_cache, value_cache)
+            keys, values = keys + fresh[:1], values + fresh[1:]
+        logits = self.head(ops.gather(x, logits_indices, 0))
+        if keys:
+            return logits, ops.stack(keys), ops.stack(values)
+        return logits
+
+
+def constant(name: str, value: NDArray[np.float32]) -> Parameter:
+    """A Parameter that is computed, not read from a checkpoint."""
+    return Parameter(Tensor(value), name=name, requires_grad=False)
+
+
+def rope_frequencies(config: NetworkConfig) -> NDArray[np.float32]:
+    """Radians a position turns each of the D / 2 pairs, f32; scaled as the checkpoint says."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)).astype(np.float32)
+    return frequencies if config.rope_scaling is None else scale_frequencies(frequencies, config.rope_scaling)
+
+
+def scale_frequencies(frequencies: NDArray[np.float32], scaling: RopeScaling) -> NDArray[np.float32]:
+    """Stretch rotary frequencies: all alike (linear), or only the slow ones with a smooth border (Llama 3)."""
+    slowed = frequencies / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slowed
+    turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the first training's context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: slowed, 1: as they were
+    return ((1 - keep) * slowed + keep * frequencies).astype(np.float32)
