@@ -1,7 +1,7 @@
 """What crosses the wire between LLMServer and an agent.
 
-A connection starts with two greetings, in clear: each side sends ``MAGIC``, its protocol version and 16 random bytes. Both
-derive the connection's key from the shared secret and the two random values. From then on there are only frames:
+A connection starts with two greetings, in clear: each side sends ``MAGIC``, its protocol version and 16 random bytes.
+Both derive the connection's key from the shared secret and the two random values. From then on there are only frames:
 
 ====== ===== ====================================================================================================
 offset bytes meaning
@@ -78,9 +78,10 @@ class SeatReset(msgspec.Struct, frozen=True, kw_only=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """Everything an agent needs for one forward pass over R rows with T new tokens.
 
-    A row is one request's share of the step. Block 0 is the null block: nothing is read from it, anything may be written
-    to it. ``logits_indices`` holds the last token of every sampled row, in the order of ``sampled_rows``, and then P
-    positions whose successor is known (``prompt_targets``) and whose log-probability is wanted.
+    A row is one request's share of the step. Block 0 is the null block: anything may be written to it, and what a row
+    reads from it means nothing. ``logits_indices`` holds the last token of every sampled row, in the order of
+    ``sampled_rows``, and then P positions whose successor is known (``prompt_targets``) and whose log-probability is
+    wanted.
     """
 
     step_id: int

@@ -1,0 +1,129 @@
+"""The agent: it owns one device, receives plans, runs the model, samples, and replies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import numpy as np
+
+from agent.connection import Connection
+from agent.listener import Listener
+from agent.logprobs import target_logprobs, top_logprobs
+from agent.protocol import Hello, ProtocolError, StepError, StepOutput, StepPlan, pack_floats, pack_ints
+from agent.runner import Runner
+from agent.sampler import Sampler
+from agent.step_batch import PlanError, StepBatch, StepShapes, read_plan
+from config.serving_config import LimitsConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Agent:
+    """One rank of a model, with what its rows need for sampling. It knows seats, not requests."""
+
+    def __init__(self, runner: Runner, limits: LimitsConfig, *, rank: int, world_size: int) -> None:
+        manifest = runner.manifest
+        self._runner = runner
+        self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size)
+        self._shapes = StepShapes(
+            vocab_size=manifest.vocab_size,
+            context_length=manifest.context_length,
+            block_size=manifest.block_size,
+            num_blocks=runner.num_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
+        self.hello = Hello(
+            model=manifest.name,
+            target=manifest.target,
+            rank=rank,
+            world_size=world_size,
+            manifest_digest=manifest.digest(),
+            num_blocks=runner.num_blocks,
+            block_size=manifest.block_size,
+            vocab_size=manifest.vocab_size,
+            context_length=manifest.context_length,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            capabilities=manifest.capabilities,
+            cache_dtype=runner.cache_dtype,
+            pid=os.getpid(),
+        )
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode step in the null block, so that the first request finds everything compiled."""
+        self._runner.run(_probe(start=0, tokens=2))
+        self._runner.run(_probe(start=2, tokens=1))
+
+    def serve(self, listener: Listener) -> None:
+        """Serve one server after the other until the listener is closed."""
+        while server := listener.next_server():
+            try:
+                self._serve(server, listener)
+            except OSError as error:
+                logger.warning("lost the server: %s", error)
+            finally:
+                server.close()
+
+    def _serve(self, server: Connection, listener: Listener) -> None:
+        self._sampler.clear()
+        server.send(self.hello)
+        while (plan := server.receive()) and not listener.closed:
+            if not isinstance(plan, StepPlan):
+                raise ProtocolError(f"a server sends plans, not {type(plan).__name__}")
+            server.send(self.answer(plan))
+        logger.info("the server has detached")
+
+    def answer(self, plan: StepPlan) -> StepOutput | StepError:
+        """Run one plan. Whatever goes wrong in it is the answer; the agent serves on."""
+        arrived = time.perf_counter()
+        try:
+            return self._step(plan, arrived)
+        except PlanError as error:
+            logger.error("step %d: refused: %s", plan.step_id, error)
+            return StepError(step_id=plan.step_id, message=f"refused: {error}")
+        except Exception as error:
+            logger.exception("step %d: failed", plan.step_id)
+            return StepError(step_id=plan.step_id, message=f"{type(error).__name__}: {error}")
+
+    def _step(self, plan: StepPlan, arrived: float) -> StepOutput:
+        batch, sampling = read_plan(plan, self._shapes)
+        for reset in plan.resets:
+            self._sampler.reset(reset)
+        if not self._sampler.holds(sampling.seats):
+            raise PlanError("seats: one of a sampled row holds no request")
+        started = time.perf_counter()
+        logits = self._runner.run(batch)
+        device_seconds = time.perf_counter() - started
+        sampled, known = np.split(logits, [sampling.seats.size])  # views
+        token_ids = self._sampler.sample(sampled, sampling.seats)
+        logprobs, top_ids, top_values = self._sampler.logprobs(sampled, sampling.seats, token_ids)
+        prompt_top_ids, prompt_top_values = top_logprobs(known, sampling.prompt_top_logprobs)
+        return StepOutput(
+            step_id=plan.step_id,
+            token_ids=pack_ints(token_ids),
+            logprobs=pack_floats(logprobs),
+            top_ids=pack_ints(top_ids),
+            top_logprobs=pack_floats(top_values),
+            prompt_logprobs=pack_floats(target_logprobs(known, sampling.prompt_targets)),
+            prompt_top_ids=pack_ints(prompt_top_ids),
+            prompt_top_logprobs=pack_floats(prompt_top_values),
+            device_seconds=device_seconds,
+            step_seconds=time.perf_counter() - arrived,
+        )
+
+
+def _probe(start: int, tokens: int) -> StepBatch:
+    """A row in the null block with ``tokens`` new tokens after ``start`` cached ones."""
+    places = np.arange(start, start + tokens, dtype=np.int32)
+    return StepBatch(
+        token_ids=np.zeros(tokens, np.int32),
+        positions=places,
+        slot_mapping=places,
+        block_tables=np.zeros((1, 1), np.int32),
+        query_lens=np.array([tokens], np.int32),
+        context_lens=np.array([start + tokens], np.int32),
+        logits_indices=np.array([tokens - 1], np.int32),
+    )

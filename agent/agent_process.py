@@ -1,0 +1,101 @@
+"""One agent's process, as the launcher sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from agent.lifeline import AgentSettings, Ready
+from agent.log_file import escape
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class StartError(Exception):
+    """An agent ended before it was ready; the message says why."""
+
+
+class AgentProcess:
+    """A started agent. Nothing of it outlives the launcher, see ``agent.lifeline``."""
+
+    def __init__(self, settings: AgentSettings, process: asyncio.subprocess.Process) -> None:
+        self._settings = settings
+        self._process = process
+
+    @classmethod
+    async def start(cls, settings: AgentSettings) -> AgentProcess:
+        """Start the process and tell it who it is."""
+        with _errors_path(settings).open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "agent",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                start_new_session=True,  # Ctrl-C is for the launcher, which tells the agents
+            )
+        assert process.stdin
+        process.stdin.write(msgspec.json.encode(settings) + b"\n")
+        return cls(settings, process)
+
+    @property
+    def address(self) -> str:
+        return f"{self._settings.model.agent_host}:{self._settings.port}"
+
+    async def ready(self) -> Ready:
+        """Wait until the agent listens.
+
+        Raises:
+            StartError: it ended instead.
+        """
+        assert self._process.stdout
+        line = await self._process.stdout.readline()
+        if line:
+            return msgspec.json.decode(line, type=Ready)
+        await self._process.wait()
+        raise StartError(f"agent {self.address} cannot start: {self._last_words()}")
+
+    async def ended(self) -> str:
+        """Wait until the process has ended, and say how."""
+        code = await self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return f"agent {self.address} {how}"
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Ask the process to end, make it end after ``grace_seconds``, and wait for it."""
+        self._signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self._process.wait(), grace_seconds)
+        except asyncio.TimeoutError:
+            logger.error("agent %s does not stop", self.address)
+            self.kill()
+        logger.info("%s", await self.ended())
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            self._process.send_signal(number)
+
+    def _last_words(self) -> str:
+        """The last line of its standard error, which for a Python error is the reason."""
+        text = _errors_path(self._settings).read_text(encoding="utf-8", errors="replace").rstrip()
+        reason = escape(text.splitlines()[-1]) if text else f"it wrote no reason to {_errors_path(self._settings)}"
+        return f"{reason} (exit code {self._process.returncode})"
+
+
+def _errors_path(settings: AgentSettings) -> Path:
+    return Path(settings.config.logging.folder) / f"agent-{settings.port}.stderr"

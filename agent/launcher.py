@@ -1,0 +1,125 @@
+"""The owner of all agents of a deployment: it starts them, watches them, starts them again, and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from pathlib import Path
+
+from agent.agent_process import AgentProcess, StartError
+from agent.lifeline import AgentSettings
+from agent.secret_file import create_secret
+from config.serving_config import ServingConfig
+
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
+RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds; one more death in a row, and the model is given up
+STABLE_SECONDS = 60.0  # after this long, earlier deaths are forgotten
+
+logger = logging.getLogger(__name__)
+
+
+class Launcher:
+    """Runs the agents of a checked configuration until a signal ends it or no model is left."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        self._config = config
+        self._agents: list[list[AgentProcess]] = [[] for _ in config.models]  # by model and rank
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Start the agents, keep them running, stop them: the exit code of the process."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        secrets = [self._config.secret_path(model) for model in self._config.models if model.secret_file is None]
+        serving = asyncio.create_task(self._serve(secrets))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return serving.result() if serving.done() else 0
+        finally:
+            for task in (serving, stopping):
+                task.cancel()
+            await asyncio.gather(serving, stopping, return_exceptions=True)
+            await asyncio.gather(*(self._stop_model(index) for index in range(len(self._agents))))
+            for path in secrets:
+                path.unlink(missing_ok=True)
+            logger.info("all agents stopped")
+
+    def _stop(self) -> None:
+        """A first signal stops the agents in order, a second one at once."""
+        if self._stopping.is_set():
+            for agents in self._agents:
+                for agent in agents:
+                    agent.kill()
+        self._stopping.set()
+
+    async def _serve(self, secrets: list[Path]) -> int:
+        for path in secrets:
+            create_secret(path)
+        try:
+            await asyncio.gather(*(self._start_model(index) for index in range(len(self._agents))))
+        except StartError as error:
+            logger.error("%s", error)
+            return 1
+        print("all agents started", flush=True)  # noqa: T201
+        await asyncio.gather(*(self._watch_model(index) for index in range(len(self._agents))))
+        logger.error("no model is left to serve")
+        return 1
+
+    async def _start_model(self, index: int) -> None:
+        """Start all ranks of a model and wait until they are ready.
+
+        Raises:
+            StartError: one of them is not going to be.
+        """
+        self._agents[index] = []
+        ranks = range(len(self._config.models[index].agent_ports))
+        for rank in ranks:
+            self._agents[index].append(await AgentProcess.start(AgentSettings(self._config, index, rank)))
+        await asyncio.gather(*(self._announce(agent, rank) for rank, agent in enumerate(self._agents[index])))
+
+    async def _announce(self, agent: AgentProcess, rank: int) -> None:
+        ready = await agent.ready()
+        line = f"agent {agent.address} is ready: rank {rank} of {ready.model}, pid {ready.pid}, "
+        line += f"{ready.num_blocks:,} blocks of {ready.block_size} tokens"
+        logger.info("%s", line)
+        print(line, flush=True)  # noqa: T201
+
+    async def _watch_model(self, index: int) -> None:
+        """Start a model's ranks again, all of them, whenever one has ended; return when that is hopeless."""
+        deaths = 0
+        while True:
+            started = time.monotonic()
+            reason = await self._first_end(index)
+            deaths = 1 if time.monotonic() - started >= STABLE_SECONDS else deaths + 1
+            while deaths <= len(RESTART_DELAYS):
+                delay = RESTART_DELAYS[deaths - 1]
+                logger.warning("%s; starting its model again in %g s", reason, delay)
+                await self._stop_model(index)
+                await asyncio.sleep(delay)
+                try:
+                    await self._start_model(index)
+                    break
+                except StartError as error:
+                    reason = str(error)
+                    deaths += 1
+            else:
+                names = ", ".join(self._config.models[index].names)
+                logger.error("%s; giving up %s after %d restarts in a row", reason, names, len(RESTART_DELAYS))
+                await self._stop_model(index)
+                return
+
+    async def _first_end(self, index: int) -> str:
+        ends = [asyncio.create_task(agent.ended()) for agent in self._agents[index]]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def _stop_model(self, index: int) -> None:
+        await asyncio.gather(*(agent.stop(GRACE_SECONDS) for agent in self._agents[index]))

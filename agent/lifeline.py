@@ -1,0 +1,77 @@
+"""What the launcher and an agent process say to each other.
+
+The launcher writes one line of settings to the agent's standard input and keeps it open; when it closes, because the
+launcher stopped or was killed in any way, the agent goes too. The agent writes one line to its standard output when it
+listens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+
+from config.serving_config import ModelConfig, ServingConfig
+
+EXIT_SECONDS = 10.0  # that a step in progress may take once the launcher is gone
+
+
+class AgentSettings(msgspec.Struct, frozen=True):
+    """Which agent of which deployment a process is. The configuration is the launcher's, read once for all agents."""
+
+    config: ServingConfig
+    model_index: int
+    rank: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.models[self.model_index]
+
+    @property
+    def port(self) -> int:
+        return self.model.agent_ports[self.rank]
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The agent listens."""
+
+    pid: int
+    model: str
+    num_blocks: int
+    block_size: int
+
+
+def read_settings() -> AgentSettings:
+    """The agent's side: its settings, from standard input."""
+    return msgspec.json.decode(sys.stdin.buffer.readline(), type=AgentSettings)
+
+
+def exit_with_launcher() -> None:
+    """The agent's side: from now on, ask this process to end when the launcher is gone, then make it."""
+
+    def watch() -> None:
+        while os.read(0, 1024):  # not through sys.stdin, whose lock would be held when the process exits
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(EXIT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+class Report:
+    """The agent's side: the line that says that it is ready.
+
+    Libraries write to standard output as well, so it is led to standard error and the report keeps the original.
+    """
+
+    def __init__(self) -> None:
+        self._output = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+
+    def ready(self, message: Ready) -> None:
+        with self._output as output:
+            output.write(msgspec.json.encode(message) + b"\n")

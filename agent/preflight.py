@@ -1,0 +1,67 @@
+"""What can be known to go wrong before an agent is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.listener import bind
+from agent.secret_file import SecretError, read_secret
+from config.manifest import ManifestError, read_manifest
+from config.serving_config import ModelConfig, ServingConfig
+
+_CACHE_ITEM_BYTES = {"float32": 4, "float16": 2}
+
+
+class LaunchError(Exception):
+    """The agents cannot be started; the message is for the operator."""
+
+
+def check(config: ServingConfig) -> None:
+    """Check folders, ports, sizes and secrets of a deployment, and create its logging folder.
+
+    Raises:
+        LaunchError: the first problem, by the key of the configuration that names it.
+    """
+    try:
+        Path(config.logging.folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"logging.folder: {config.logging.folder}: {error.strerror}") from None
+    for index, model in enumerate(config.models):
+        for key, problem in (*_model_problems(model), *_port_problems(model), *_secret_problems(model)):
+            raise LaunchError(f"models[{index}].{key}: {problem}")
+
+
+def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    try:
+        manifest = read_manifest(model.path)
+    except ManifestError as error:
+        yield "path", str(error)
+        return
+    if manifest.target != model.target:
+        yield "target", f"{model.path} is exported for {manifest.target}, not for {model.target}"
+    ports = len(model.agent_ports)
+    if model.target != "standin" and manifest.world_size != ports:  # each rank of a stand-in computes the whole rule
+        yield (
+            "agent_ports",
+            f"{model.path} is exported for {manifest.world_size} rank(s), so it needs as many, not {ports}",
+        )
+    block_bytes = manifest.cache_block_bytes(_CACHE_ITEM_BYTES[model.cache_dtype])
+    if model.cache_bytes < 2 * block_bytes:  # the null block and one to use
+        yield "cache_memory", f"{model.cache_memory} holds no two blocks of {block_bytes} bytes"
+
+
+def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    for port in model.agent_ports:
+        try:
+            bind(model.agent_host, port).close()
+        except OSError as error:
+            yield "agent_ports", f"cannot listen on {model.agent_host}:{port}: {error.strerror}"
+
+
+def _secret_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    if model.secret_file:
+        try:
+            read_secret(Path(model.secret_file))
+        except SecretError as error:
+            yield "secret_file", str(error)

@@ -1,0 +1,39 @@
+"""What an agent needs of a model: MindIR (``model_runner``) or the hand-computable stand-in (``arithmetic_model``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from agent.protocol import Floats
+from agent.step_batch import StepBatch
+from config.manifest import Manifest
+from config.serving_config import ModelConfig
+
+
+class Runner(Protocol):
+    """One rank of a model with its key/value cache."""
+
+    manifest: Manifest
+    num_blocks: int  # of the cache, with the null block
+    cache_dtype: str
+
+    def run(self, batch: StepBatch) -> Floats:
+        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``."""
+        ...
+
+
+def open_runner(config: ModelConfig) -> Runner:
+    """The runner of a model's target, ready to run.
+
+    Raises:
+        ManifestError: the folder holds no model that can be run.
+    """
+    folder = Path(config.path)
+    if config.target == "standin":
+        from agent.arithmetic_model import ArithmeticModel
+
+        return ArithmeticModel(folder, cache_bytes=config.cache_bytes, step_seconds=config.step_seconds)
+    from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
+
+    return ModelRunner(folder, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads)

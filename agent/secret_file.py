@@ -1,0 +1,44 @@
+"""The secret that the app and the agents of a model share, in a file that only its owner can read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+SECRET_BYTES = 32
+LONGEST_SECRET = 64  # what a BLAKE2b key can hold
+
+
+class SecretError(ValueError):
+    """The file is not one to trust."""
+
+
+def create_secret(path: Path) -> None:
+    """Put a new secret at ``path``, in the place of an old one; a reader finds one of them, whole."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(file, "wb") as output:
+        output.write(secrets.token_bytes(SECRET_BYTES))
+    fresh.replace(path)
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret at ``path``.
+
+    Raises:
+        SecretError: it is missing, others can read it, or it is too short or too long.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            secret = file.read(LONGEST_SECRET + 1)
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be read: {error.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SecretError(f"{path}: other users can read it; run chmod 600 on it")
+    if not SECRET_BYTES <= len(secret) <= LONGEST_SECRET:
+        raise SecretError(f"{path}: holds {len(secret)} bytes or more; a secret has {SECRET_BYTES} to {LONGEST_SECRET}")
+    return secret

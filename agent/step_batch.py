@@ -1,0 +1,142 @@
+"""One checked step: the arrays of a ``StepPlan``, safe to index with.
+
+Native kernels trust these numbers, so everything that is used as an index is checked here, once, against the shapes of
+the model and the limits of the agent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol import Ints, SeatReset, StepPlan, ints
+
+
+class PlanError(ValueError):
+    """A plan that this agent cannot run; the message says which number is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShapes:
+    """What bounds the numbers of a plan."""
+
+    vocab_size: int
+    context_length: int
+    block_size: int
+    num_blocks: int  # with the null block
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What a model is run on: R rows with T new tokens, logits wanted at L positions; all arrays int32.
+
+    Block 0 is the null block: rows for padding or probing write there, and nothing that is read from it matters.
+    """
+
+    token_ids: Ints  # [T], the rows one after another
+    positions: Ints  # [T], within the request
+    slot_mapping: Ints  # [T], block * block_size + offset; -1: not written
+    block_tables: Ints  # [R, M], padded with 0
+    query_lens: Ints  # [R], new tokens of the row
+    context_lens: Ints  # [R], cached and new tokens of the row
+    logits_indices: Ints  # [L], indices into token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSampling:
+    """What is done with the logits of a step: the first S are sampled, the other P have known successors."""
+
+    seats: Ints  # [S]
+    prompt_targets: Ints  # [P]
+    prompt_top_logprobs: int
+
+
+def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampling]:
+    """Take a plan apart and check every number in it.
+
+    Raises:
+        PlanError: a number is out of range, or two fields do not fit together.
+    """
+    try:
+        rows = ints(plan.query_lens).size
+        batch = StepBatch(
+            token_ids=ints(plan.token_ids),
+            positions=ints(plan.positions),
+            slot_mapping=ints(plan.slot_mapping),
+            block_tables=ints(plan.block_tables).reshape(rows, -1),
+            query_lens=ints(plan.query_lens),
+            context_lens=ints(plan.context_lens),
+            logits_indices=ints(plan.logits_indices),
+        )
+        seats, sampled_rows, targets = ints(plan.seats), ints(plan.sampled_rows), ints(plan.prompt_targets)
+    except ValueError as error:
+        raise PlanError(f"the plan's arrays do not fit together: {error}") from None
+    _check_batch(batch, shapes)
+    _require(seats.size == rows, "seats: not one for each row")
+    _check_range("seats", seats, 0, shapes.max_num_seqs)
+    _require(np.unique(seats).size == rows, "seats: two rows share one")
+    _check_range("sampled_rows", sampled_rows, 0, rows)
+    _require(np.unique(sampled_rows).size == sampled_rows.size, "sampled_rows: a row is listed twice")
+    _require(batch.logits_indices.size == sampled_rows.size + targets.size, "logits_indices: not S + P numbers")
+    last = np.cumsum(batch.query_lens) - 1
+    sampled = batch.logits_indices[: sampled_rows.size]
+    _require(np.array_equal(sampled, last[sampled_rows]), "logits_indices: not the last tokens of the sampled rows")
+    _check_range("prompt_targets", targets, 0, shapes.vocab_size)
+    _require(0 <= plan.prompt_top_logprobs <= shapes.vocab_size, "prompt_top_logprobs: more than the vocabulary")
+    for reset in plan.resets:
+        _check_reset(reset, shapes)
+    sampling = StepSampling(
+        seats=seats[sampled_rows], prompt_targets=targets, prompt_top_logprobs=plan.prompt_top_logprobs
+    )
+    return batch, sampling
+
+
+def _check_batch(batch: StepBatch, shapes: StepShapes) -> None:
+    tokens, (rows, width) = batch.token_ids.size, batch.block_tables.shape
+    _require(1 <= rows <= shapes.max_num_seqs, f"{rows} rows; an agent takes 1 to {shapes.max_num_seqs}")
+    limit = shapes.max_num_batched_tokens
+    _require(1 <= tokens <= limit, f"{tokens} tokens; an agent takes 1 to {limit}")
+    _require(batch.positions.size == tokens, "positions: not one for each token")
+    _require(batch.slot_mapping.size == tokens, "slot_mapping: not one for each token")
+    _require(batch.context_lens.size == rows, "context_lens: not one for each row")
+    _require(width >= 1, "block_tables: empty")
+    _check_range("token_ids", batch.token_ids, 0, shapes.vocab_size)
+    _check_range("positions", batch.positions, 0, shapes.context_length)
+    _check_range("slot_mapping", batch.slot_mapping, -1, shapes.num_blocks * shapes.block_size)
+    _check_range("block_tables", batch.block_tables, 0, shapes.num_blocks)
+    _check_range("query_lens", batch.query_lens, 1, tokens + 1)
+    _require(int(batch.query_lens.sum()) == tokens, "query_lens: do not add up to the number of tokens")
+    longest = min(shapes.context_length, width * shapes.block_size)
+    _check_range("context_lens", batch.context_lens, 1, longest + 1)
+    _require(bool((batch.query_lens <= batch.context_lens).all()), "context_lens: shorter than query_lens")
+    _require(batch.logits_indices.size <= 2 * tokens, "logits_indices: more than two for each token")
+    _check_range("logits_indices", batch.logits_indices, 0, tokens)
+
+
+def _check_reset(reset: SeatReset, shapes: StepShapes) -> None:
+    _require(
+        0 <= reset.seat < shapes.max_num_seqs, f"resets: seat {reset.seat} is outside 0 … {shapes.max_num_seqs - 1}"
+    )
+    for name, ids in (
+        ("prompt_ids", ints(reset.prompt_ids)),
+        ("output_ids", ints(reset.output_ids)),
+        ("end_token_ids", np.array(reset.params.end_token_ids, np.int64)),
+    ):
+        _check_range(f"resets: {name}", ids, 0, shapes.vocab_size)
+
+
+def _check_range(name: str, values: NDArray[np.integer[Any]], low: int, end: int) -> None:
+    """All ``values`` in [low, end)."""
+    if values.size and (values.min() < low or values.max() >= end):
+        bad = values[(values < low) | (values >= end)].flat[0]
+        raise PlanError(f"{name}: {bad} is outside {low} … {end - 1}")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise PlanError(problem)
