@@ -8,8 +8,8 @@
     └── GenerationFailed    500  the request was accepted and could not be finished
 
 Routes of every protocol map these, and nothing else, to their own error bodies, in one place each. A message does not
-repeat the field's name: fields are named here as in ``GenerationParams`` (and ``prompt``), and each protocol puts its own
-name in front.
+repeat the field's name: fields are named here as in ``GenerationParams`` (and ``prompt``), and each protocol puts its
+own name in front.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class GenerationParams:
     ``sampling`` goes to the agent; ``LLMServer.submit`` fills its ``end_token_ids``. The rest is kept by the server.
     """
 
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int | None = None  # refused beyond what the context leaves
     default_max_new_tokens: int | None = None  # if max_new_tokens is None; cut to what the context leaves, as is None
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
@@ -36,11 +36,13 @@ class GenerationParams:
     prompt_top_logprobs: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
     """One token with its log-probability (log-softmax of the raw logits), and the best tokens of its position."""
 
     token_id: int
+    text: str  # the token's own; U+FFFD where it is only a part of a character
+    special: bool  # leaves no trace in the answer's text
     logprob: float | None  # None: the first token of a prompt, or not asked for
     top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first
 

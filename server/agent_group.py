@@ -1,0 +1,210 @@
+"""The connections to all ranks of one model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.protocol import (
+    GREETING,
+    HEADER,
+    Attach,
+    Channel,
+    Hello,
+    Message,
+    ProtocolError,
+    StepError,
+    StepOutput,
+    StepPlan,
+)
+from config.manifest import Manifest
+from config.serving_config import ModelConfig
+
+RETRY_SECONDS = 0.2  # between two attempts to reach agents that are not there: nothing tells when they are
+ATTACH_SECONDS = 10.0  # an agent that accepts a connection and says nothing is not there either
+
+_log = logging.getLogger(__name__)
+
+
+class AgentsLost(ConnectionError):
+    """The connection to an agent broke, and with it every answer that was under way."""
+
+
+class AgentsRefused(Exception):
+    """The agents are there and cannot serve this model; the message says why."""
+
+
+class StepFailed(Exception):
+    """An agent could not run a plan; it serves on."""
+
+
+class AgentGroup:
+    """All ranks of one model, one connection each: a plan goes to all of them, rank 0 answers for all."""
+
+    def __init__(self, model: ModelConfig, manifest: Manifest, secret_path: Path) -> None:
+        self._model = model
+        self._manifest = manifest
+        self._secret_path = secret_path
+        self._agents: dict[int, _Agent] = {}  # by port
+        self._ready = False
+
+    @property
+    def connected(self) -> bool:
+        return self._ready
+
+    async def connect(self) -> Hello:
+        """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.
+
+        Returns rank 0's greeting, with the fewest blocks that any rank has.
+
+        Raises:
+            AgentsRefused: they are not the agents of this model, or cannot do what the server needs.
+        """
+        reason = ""
+        while True:
+            await self.close()
+            ports = self._model.agent_ports
+            results = await asyncio.gather(*map(self._attach, ports), return_exceptions=True)
+            failure = next((result for result in results if result is not None), None)
+            if failure is None:
+                hello = self._agree([self._agents[port].hello for port in ports])
+                self._ready = True
+                return hello
+            if not isinstance(failure, OSError):
+                raise failure
+            if str(failure) != reason:
+                reason = str(failure)
+                _log.info("waiting for the agents of %s: %s", self._manifest.name, reason)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def send(self, plan: StepPlan) -> None:
+        """Send a plan to all ranks; ``receive`` its answer before the next one."""
+        for agent in self._agents.values():
+            agent.send(plan)
+
+    async def receive(self, plan: StepPlan) -> StepOutput:
+        """Rank 0's answer to ``plan``, once all ranks have answered.
+
+        Raises:
+            StepFailed: a rank could not run the plan.
+            AgentsLost: a connection broke. All are closed then.
+        """
+        if not self._ready:
+            raise AgentsLost("there is no connection to the agents")
+        ranks = [self._agents[port] for port in self._model.agent_ports]
+        try:
+            answers = await asyncio.gather(*(agent.receive() for agent in ranks))
+        except (OSError, EOFError) as error:
+            await self.close()
+            raise AgentsLost(str(error)) from None
+        outputs: list[StepOutput] = []
+        for agent, answer in zip(ranks, answers, strict=True):
+            if isinstance(answer, StepError):
+                raise StepFailed(f"the agent at {agent.address}: {answer.message}")
+            if not isinstance(answer, StepOutput) or answer.step_id != plan.step_id:
+                await self.close()
+                raise AgentsLost(f"the agent at {agent.address} does not answer the plan that it was sent")
+            outputs.append(answer)
+        return outputs[0]
+
+    async def close(self) -> None:
+        """Close all connections; the agents then forget our requests and wait for the next server."""
+        self._ready = False
+        while self._agents:
+            await self._agents.popitem()[1].close()
+
+    async def _attach(self, port: int) -> None:
+        """Connect to one agent and take it.
+
+        Raises:
+            OSError: it is not there, or not one of ours; the message names it.
+        """
+        address = f"{self._model.agent_host}:{port}"
+        try:
+            secret = self._secret_path.read_bytes()
+        except OSError as error:
+            raise OSError(f"the secret file {self._secret_path} cannot be read: {error.strerror}") from None
+        try:
+            attaching = _Agent.attach(self._model.agent_host, port, secret)
+            self._agents[port] = await asyncio.wait_for(attaching, ATTACH_SECONDS)
+        except asyncio.TimeoutError:
+            raise OSError(f"the agent at {address} does not answer") from None
+        except EOFError:
+            raise OSError(f"the agent at {address} closes the connection; has it the same secret file?") from None
+        except OSError as error:
+            raise OSError(f"the agent at {address}: {error.strerror or error}") from None
+
+    def _agree(self, hellos: Sequence[Hello]) -> Hello:
+        """Check the greetings against the manifest and each other."""
+        digest = self._manifest.digest()
+        for rank, (port, hello) in enumerate(zip(self._model.agent_ports, hellos, strict=True)):
+            agent = f"the agent at {self._model.agent_host}:{port}"
+            if hello.manifest_digest != digest:
+                raise AgentsRefused(f"{agent} runs another export of {hello.model}; restart the agents")
+            if (hello.rank, hello.world_size) != (rank, len(hellos)):
+                place = f"rank {hello.rank} of {hello.world_size}"
+                raise AgentsRefused(f"{agent} is {place}; the configuration makes it rank {rank} of {len(hellos)}")
+            if not (hello.capabilities.cached_context and hello.capabilities.mixed_steps):
+                raise AgentsRefused(f"{agent}: its graphs cannot mix prompts, chunks and decoding rows; export again")
+            if hello.num_blocks < 2:
+                raise AgentsRefused(f"{agent} has no cache block to give; raise the model's cache_memory")
+            if alike(hello) != alike(hellos[0]):
+                raise AgentsRefused(f"{agent} was started with other limits than rank 0; restart the agents")
+        return msgspec.structs.replace(hellos[0], num_blocks=min(hello.num_blocks for hello in hellos))
+
+
+class _Agent:
+    """The connection to one rank."""
+
+    def __init__(self, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.address = address
+        self.hello: Hello
+        self._reader = reader
+        self._writer = writer
+        self._channel: Channel
+
+    @classmethod
+    async def attach(cls, host: str, port: int, secret: bytes) -> _Agent:
+        """Connect, greet and take the agent."""
+        agent = cls(f"{host}:{port}", *await asyncio.open_connection(host, port))
+        try:
+            agent._channel = Channel(secret, "server")
+            agent._writer.write(agent._channel.greeting)
+            agent._channel.agree(await agent._reader.readexactly(GREETING.size))
+            agent.send(Attach(pid=os.getpid()))
+            hello = await agent.receive()
+            if not isinstance(hello, Hello):
+                raise ProtocolError(f"it greets with a {type(hello).__name__}")
+            agent.hello = hello
+        except BaseException:
+            agent._writer.close()
+            raise
+        return agent
+
+    def send(self, message: Message) -> None:
+        self._writer.write(self._channel.seal(message))
+
+    async def receive(self) -> Message:
+        try:
+            header = await self._reader.readexactly(HEADER.size)
+            payload = await self._reader.readexactly(self._channel.payload_size(header))
+        except asyncio.IncompleteReadError:
+            raise EOFError(f"the agent at {self.address} closed the connection") from None
+        return self._channel.unseal(header, payload)
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except OSError:
+            _log.debug("the connection to the agent at %s was broken already", self.address)
+
+
+def alike(hello: Hello) -> Hello:
+    """What all ranks of one model say alike, and an agent again after a restart."""
+    return msgspec.structs.replace(hello, rank=0, pid=0, num_blocks=0)

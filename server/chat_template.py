@@ -1,0 +1,63 @@
+"""A model's own chat template: messages → the prompt that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import InvalidRequest
+from server.token_bytes import TokenizerError
+
+
+class ChatTemplate:
+    """A Jinja template with what Hugging Face's chat templates expect, in Jinja's sandbox.
+
+    ``variables`` are the texts of the special tokens: ``bos_token``, ``eos_token``.
+
+    Raises:
+        TokenizerError: the template cannot be parsed.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _strftime_now
+        self._variables = dict(variables)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(f"the chat template, line {error.lineno}: {error.message}") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation, ready for the model's answer if ``add_generation_prompt``.
+
+        Raises:
+            InvalidRequest: the template refuses the messages, or they have not the shape that it reads.
+        """
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise InvalidRequest(f"the model's chat template refuses them: {error}", "messages") from None
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """JSON as in Hugging Face's templates: without Jinja's HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

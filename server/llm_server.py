@@ -1,0 +1,205 @@
+"""LLMServer: one model behind its agents. Accepts requests, streams their answers; speaks no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+
+from agent.protocol import Hello
+from config.manifest import read_manifest, verify_files
+from config.serving_config import ModelConfig, ServingConfig
+from server.agent_group import AgentGroup
+from server.answer import Answer
+from server.errors import InvalidRequest, NotServing, Overloaded
+from server.metrics import Metrics, ModelMetrics
+from server.request import GenerationParams, Request
+from server.request_stream import RequestStream
+from server.step_loop import StepLoop
+from server.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
+
+ENCODE_IN_THREAD = 4096  # characters of a prompt that take long enough (about 4 ms) to be worth a thread
+
+_log = logging.getLogger(__name__)
+
+
+class LLMServer:
+    """One model of a deployment, from text or token ids to streamed answers.
+
+    Attributes:
+        model: its configuration.
+        manifest: what its export says of it.
+        tokenizer: its text side, for prompts, chat messages and the texts of single tokens.
+
+    Raises:
+        ManifestError: the model's folder holds no exported model.
+        TokenizerError: its tokenizer or chat template is not supported.
+    """
+
+    def __init__(self, model: ModelConfig, config: ServingConfig, metrics: Metrics | None = None) -> None:
+        """``metrics`` is shared by the models of one app; without it they are counted and not shown."""
+        self.model = model
+        self.manifest = read_manifest(model.path)
+        texts = {name: digest for name, digest in self.manifest.files.items() if name in _TEXT_FILES}
+        verify_files(model.path, msgspec.structs.replace(self.manifest, files=texts))
+        self.tokenizer = Tokenizer(model.path, self.manifest.tokenizer)
+        self._limits = config.limits
+        self._agents = AgentGroup(model, self.manifest, config.secret_path(model))
+        self._metrics = ModelMetrics(metrics or Metrics(), model.names[0])
+        self._hello: Hello | None = None
+        self._loop: StepLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._accepting = False
+
+    @property
+    def name(self) -> str:
+        """The first of the served names."""
+        return self.model.names[0]
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted and every agent has answered lately."""
+        return self._accepting and self._loop is not None and self._loop.ready
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the step that is running."""
+        return self._loop.batch_size if self._loop else 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return self._loop.num_waiting if self._loop else 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its answer together: what the model was made for, or what its cache holds."""
+        if self._hello is None:
+            return self.manifest.context_length
+        cache = (self._hello.num_blocks - 1) * self._hello.block_size
+        return min(self.manifest.context_length, cache)
+
+    async def start(self) -> None:
+        """Wait for the agents and begin to serve.
+
+        Raises:
+            AgentsRefused: the agents that are there cannot serve this model.
+        """
+        self._hello = await self._agents.connect()
+        self._loop = StepLoop(self._agents, self._hello, self._limits, self._metrics)
+        self._show(self._loop)
+        self._task = asyncio.create_task(self._loop.run(), name=f"steps of {self.name}")
+        self._accepting = True
+        _log.info("%s: %d cache blocks, context %d", self.name, self._hello.num_blocks, self.max_model_len)
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """Accept nothing more, let what runs finish within ``drain_seconds``, abort the rest and leave the agents.
+
+        Called again meanwhile, with less time, the shorter time holds.
+        """
+        self._accepting = False
+        if self._loop and self._task:
+            try:
+                await asyncio.wait_for(self._loop.drained(), drain_seconds)
+            except asyncio.TimeoutError:
+                _log.warning("%s: not all requests finished within %g s", self.name, drain_seconds)
+            self._loop.abort_all()
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._agents.close()
+
+    async def submit(
+        self, prompt: str | Sequence[int], params: GenerationParams, request_id: str | None = None
+    ) -> RequestStream:
+        """Queue a request. ``prompt`` is text or token ids, ``request_id`` stands in the logs.
+
+        Raises:
+            InvalidRequest: a field cannot be used; nothing was queued.
+            Overloaded: the queue is full.
+            NotServing: the server is not started, or stopping.
+        """
+        self._check_open()
+        prompt_ids = await self._prompt_ids(prompt, params)
+        loop = self._check_open()
+        request = Request(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            params=self._with_end_tokens(params),
+            arrival=time.monotonic(),
+            max_new_tokens=self._max_new_tokens(params, len(prompt_ids)),
+        )
+        answer = Answer(request, self.tokenizer)
+        loop.add(answer)
+        return RequestStream(request.request_id, tuple(prompt_ids), answer.mailbox, partial(loop.abort, request))
+
+    def _check_open(self) -> StepLoop:
+        if self._loop is None or not self._accepting:
+            raise NotServing("the server is stopping" if self._loop else "the server waits for its agents")
+        if self._loop.num_waiting >= self._limits.max_waiting:
+            raise Overloaded(f"{self._loop.num_waiting} requests are waiting already; try again later")
+        return self._loop
+
+    async def _prompt_ids(self, prompt: str | Sequence[int], params: GenerationParams) -> list[int]:
+        """The prompt's tokens, cut as asked and checked."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequest("is empty", "prompt")
+            encode = partial(self.tokenizer.encode, prompt, params.add_special_tokens)
+            ids = await asyncio.to_thread(encode) if len(prompt) > ENCODE_IN_THREAD else encode()
+        else:
+            ids = list(prompt)
+            self._check_ids(ids, "prompt")
+        if params.truncate is not None:
+            ids = ids[-params.truncate :]
+        if not ids:
+            raise InvalidRequest("is empty", "prompt")
+        if len(ids) >= self.max_model_len:
+            room = f"the context of {self.max_model_len} leaves no room for an answer"
+            raise InvalidRequest(f"has {len(ids)} tokens; {room}", "prompt")
+        return ids
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        vocab_size = self.manifest.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(f"token id {token_id} is outside 0 … {vocab_size - 1}", field)
+
+    def _max_new_tokens(self, params: GenerationParams, prompt_tokens: int) -> int:
+        """The most tokens that the answer may have."""
+        left = self.max_model_len - prompt_tokens
+        wanted = params.max_new_tokens
+        if wanted is None:
+            wanted = min(left, params.default_max_new_tokens or left)
+        if wanted < 1:
+            raise InvalidRequest("must be at least 1", "max_new_tokens")
+        if wanted > left:
+            context = f"the context of {self.max_model_len} tokens leaves after the prompt's {prompt_tokens}"
+            raise InvalidRequest(f"{wanted} is more than the {left} that {context}", "max_new_tokens")
+        if params.sampling.min_new_tokens > wanted:
+            raise InvalidRequest(f"is more than max_new_tokens, which is {wanted}", "min_new_tokens")
+        return wanted
+
+    def _with_end_tokens(self, params: GenerationParams) -> GenerationParams:
+        """Fill in which tokens end the answer, and check what else the scheduler relies on."""
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        if not all(params.stop):
+            raise InvalidRequest("holds an empty string", "stop")
+        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+        return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, end_token_ids=ends))
+
+    def _show(self, loop: StepLoop) -> None:
+        """Let the gauges look at the loop when they are scraped."""
+        self._metrics.running.set_function(lambda: loop.num_running)
+        self._metrics.waiting.set_function(lambda: loop.num_waiting)
+        self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
+        self._metrics.ready.set_function(lambda: self.ready)
+
+
+_TEXT_FILES = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)
