@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import sys
 
 from agent.launcher import Launcher
-from agent.log_file import EscapedFormatter, log_to_file
 from agent.preflight import LaunchError, check
+from config.log_file import log_to_console, log_to_file
 from config.serving_config import ConfigError, load
 from config.version import __version__
 
@@ -33,10 +32,7 @@ def main() -> int:
         sys.stderr.write(f"start_agent.py: {error}\n")
         return 2
     log_to_file(config.logging, "start_agent")
-    console = logging.StreamHandler()
-    console.setFormatter(EscapedFormatter())
-    console.setLevel(logging.WARNING)
-    logging.root.addHandler(console)
+    log_to_console()
 
     async def run() -> int:
         return await Launcher(config).run()

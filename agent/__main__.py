@@ -11,9 +11,9 @@ from pathlib import Path
 from agent.agent import Agent
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
 from agent.listener import Listener
-from agent.log_file import log_to_file
 from agent.runner import open_runner
 from agent.secret_file import read_secret
+from config.log_file import log_to_file
 from config.manifest import read_manifest, verify_files
 
 logger = logging.getLogger("agent")

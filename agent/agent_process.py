@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent.lifeline import AgentSettings, Ready
-from agent.log_file import escape
+from config.log_file import escape
 
 logger = logging.getLogger(__name__)
 

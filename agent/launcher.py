@@ -6,7 +6,9 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 from agent.agent_process import AgentProcess, StartError
 from agent.lifeline import AgentSettings
@@ -43,7 +45,7 @@ class Launcher:
             for task in (serving, stopping):
                 task.cancel()
             await asyncio.gather(serving, stopping, return_exceptions=True)
-            await asyncio.gather(*(self._stop_model(index) for index in range(len(self._agents))))
+            await _together(self._stop_model(index) for index in range(len(self._agents)))
             for path in secrets:
                 path.unlink(missing_ok=True)
             logger.info("all agents stopped")
@@ -60,12 +62,12 @@ class Launcher:
         for path in secrets:
             create_secret(path)
         try:
-            await asyncio.gather(*(self._start_model(index) for index in range(len(self._agents))))
+            await _together(self._start_model(index) for index in range(len(self._agents)))
         except StartError as error:
             logger.error("%s", error)
             return 1
         print("all agents started", flush=True)  # noqa: T201
-        await asyncio.gather(*(self._watch_model(index) for index in range(len(self._agents))))
+        await _together(self._watch_model(index) for index in range(len(self._agents)))
         logger.error("no model is left to serve")
         return 1
 
@@ -79,7 +81,7 @@ class Launcher:
         ranks = range(len(self._config.models[index].agent_ports))
         for rank in ranks:
             self._agents[index].append(await AgentProcess.start(AgentSettings(self._config, index, rank)))
-        await asyncio.gather(*(self._announce(agent, rank) for rank, agent in enumerate(self._agents[index])))
+        await _together(self._announce(agent, rank) for rank, agent in enumerate(self._agents[index]))
 
     async def _announce(self, agent: AgentProcess, rank: int) -> None:
         ready = await agent.ready()
@@ -122,4 +124,15 @@ class Launcher:
                 end.cancel()
 
     async def _stop_model(self, index: int) -> None:
-        await asyncio.gather(*(agent.stop(GRACE_SECONDS) for agent in self._agents[index]))
+        await _together(agent.stop(GRACE_SECONDS) for agent in self._agents[index])
+
+
+async def _together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all at a time; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

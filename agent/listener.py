@@ -6,6 +6,7 @@ disturb the server that is being served nor delay the next one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -53,6 +54,8 @@ class Listener:
             self._servers.put(None)
             if self._newest:
                 self._newest.interrupt(writing=False)
+        with contextlib.suppress(OSError):  # where only connections can be shut down, closing has to do
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
 
     def _accept(self) -> None:

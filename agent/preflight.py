@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def check(config: ServingConfig) -> None:
         Path(config.logging.folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaunchError(f"logging.folder: {config.logging.folder}: {error.strerror}") from None
+    if not os.access(config.logging.folder, os.W_OK):
+        raise LaunchError(f"logging.folder: {config.logging.folder}: not writable")
     for index, model in enumerate(config.models):
         for key, problem in (*_model_problems(model), *_port_problems(model), *_secret_problems(model)):
             raise LaunchError(f"models[{index}].{key}: {problem}")
