@@ -1,6 +1,6 @@
 """A model as it was published: opened, checked, and read one weight at a time.
 
-``open_checkpoint`` knows the formats; everything behind it is format-specific, everything in front of it is not.
+``open_checkpoint`` knows the formats; everything behind it is of one format, everything in front of it is of none.
 """
 
 from __future__ import annotations
@@ -14,24 +14,36 @@ from models.checkpoint_error import CheckpointError
 from models.gguf_config import ROPE_FREQS, gguf_config
 from models.gguf_file import GGUFFile
 from models.gguf_tokenizer import gguf_text
+from models.huggingface_config import CONFIG_FILE, ConfigFile, huggingface_config
+from models.huggingface_text import TEXT_FILES, huggingface_text
 from models.network_config import NetworkConfig
+from models.safetensors_folder import PICKLES, SafetensorsFolder
 from models.text_files import TextFiles
-from models.weight_map import Floats, TensorSource, WeightMap, check_tensors, gguf_weight_map, read_weight
+from models.weight_map import (
+    Floats,
+    TensorSource,
+    WeightMap,
+    check_tensors,
+    gguf_weight_map,
+    huggingface_weight_map,
+    read_weight,
+)
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
 FORMATS = "a .gguf file, a folder with one, or a Hugging Face folder (config.json and *.safetensors)"
+GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """One published model. Weights are read when asked for, straight from the memory-mapped files."""
 
-    name: str  # readable
     source: str  # the file's or folder's name
+    name: str  # the same without its ending
     config: NetworkConfig
     text: TextFiles
-    files: tuple[Path, ...]  # everything that was or can be read
+    files: tuple[Path, ...]  # all that was or can be read
     tensors: TensorSource
     weights: WeightMap
 
@@ -40,7 +52,7 @@ class Checkpoint:
         return read_weight(self.tensors, self.weights[name])
 
     def digest(self) -> str:
-        """SHA-256 that stands for the content: of the file, or of all files' names and digests."""
+        """SHA-256 that stands for the content: the file's own, or that of all files' names and digests."""
         if len(self.files) == 1:
             return file_digest(self.files[0])
         listing = "".join(f"{file_digest(path)}  {path.name}\n" for path in sorted(self.files))
@@ -54,24 +66,66 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: there is nothing, its format or architecture is not supported, or it is incomplete.
     """
     path = Path(path)
-    if not path.exists():
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
         raise CheckpointError(f"{path}: does not exist; expected {FORMATS}")
-    if path.is_file():
-        return _open_gguf(path)
-    raise CheckpointError(f"{path}: nothing to read here; expected {FORMATS}")
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise CheckpointError(
+            f"{path}: PyTorch's pickle files can run any code when they are opened and are never read; "
+            f"expected {FORMATS}"
+        )
+    with path.open("rb") as file:
+        start = file.read(len(GGUF_MAGIC))
+    if start != GGUF_MAGIC:
+        raise CheckpointError(f"{path}: starts with {start!r}, which is no GGUF file; expected {FORMATS}")
+    return _open_gguf(path)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    gguf_files = sorted(folder.glob("*.gguf"))
+    has_config = (folder / CONFIG_FILE).is_file()
+    has_safetensors = any(folder.glob("*.safetensors"))
+    if gguf_files and not (has_config and has_safetensors):
+        if len(gguf_files) > 1:
+            names = ", ".join(path.name for path in gguf_files)
+            raise CheckpointError(f"{folder}: holds {len(gguf_files)} GGUF files ({names}); give the path of one")
+        return _open_gguf(gguf_files[0])
+    if gguf_files:
+        raise CheckpointError(
+            f"{folder}: holds both safetensors and GGUF files; give the path of the GGUF file to use it"
+        )
+    if not has_config:
+        raise CheckpointError(f"{folder}: has no {CONFIG_FILE} and no GGUF file; expected {FORMATS}")
+    return _open_huggingface(folder)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     config = gguf_config(file)
     weights = gguf_weight_map(config)
-    check_tensors(str(path), file, weights, unused=lambda name: name == ROPE_FREQS)
+    check_tensors(path, file, weights, unused=lambda name: name == ROPE_FREQS)
+    text = gguf_text(file, config.vocab_size)
     return Checkpoint(
-        name=path.stem,
-        source=path.name,
-        config=config,
-        text=gguf_text(file),
-        files=(path,),
-        tensors=file,
-        weights=weights,
+        source=path.name, name=path.stem, config=config, text=text, files=(path,), tensors=file, weights=weights
+    )
+
+
+def _open_huggingface(folder: Path) -> Checkpoint:
+    file = ConfigFile(folder / CONFIG_FILE)
+    config = huggingface_config(file)
+    tensors = SafetensorsFolder(folder)
+    weights = huggingface_weight_map(config)
+    check_tensors(folder, tensors, weights, unused=lambda name: _recomputed(name, config))
+    text = huggingface_text(folder, file, config.vocab_size)
+    others = (folder / name for name in (CONFIG_FILE, *TEXT_FILES))
+    files = (*tensors.files, *(path for path in others if path.is_file()))
+    name = folder.resolve().name
+    return Checkpoint(source=name, name=name, config=config, text=text, files=files, tensors=tensors, weights=weights)
+
+
+def _recomputed(name: str, config: NetworkConfig) -> bool:
+    """Tensors that say nothing new: old releases' rotary frequencies, and a head that is the embedding once more."""
+    return name.endswith(".rotary_emb.inv_freq") or (
+        config.tied_embeddings and name in ("lm_head.weight", "output.weight")
     )

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from config.manifest import TokenizerRules
 from models.checkpoint_error import CheckpointError
 from models.gguf_file import GGUFFile
-from models.sentencepiece_tokenizer import PieceType, VocabularyPiece, bpe_tokenizer
-from models.text_files import TextFiles, plain_tokenizer_json, unique_ids
+from models.sentencepiece_tokenizer import PieceType, VocabularyPiece, add_tokens, bpe_tokenizer, vocabulary
+from models.text_files import TextFiles, text_files, unique_ids
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3_SPLIT = (
@@ -35,7 +35,7 @@ LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 
-def gguf_text(file: GGUFFile) -> TextFiles:
+def gguf_text(file: GGUFFile, vocab_size: int) -> TextFiles:
     """The tokenizer, chat template and rules of a GGUF file.
 
     Raises:
@@ -50,9 +50,11 @@ def gguf_text(file: GGUFFile) -> TextFiles:
             raise CheckpointError(f"{file.path}: {key} is set, which is not implemented")
     pieces = _pieces(file)
     tokenizer = builders[model](file, pieces)
-    return TextFiles(
-        plain_tokenizer_json(tokenizer), file.value("tokenizer.chat_template"), _rules(file, model, pieces)
-    )
+    special = [i for i, piece in enumerate(pieces) if piece.type in (PieceType.CONTROL, PieceType.UNKNOWN)]
+    plain = [i for i, piece in enumerate(pieces) if piece.type == PieceType.USER_DEFINED]
+    add_tokens(tokenizer, pieces, special, plain)
+    template = file.value("tokenizer.chat_template")
+    return text_files(file.path, tokenizer, template, _rules(file, model, pieces), vocab_size)
 
 
 def _pieces(file: GGUFFile) -> list[VocabularyPiece]:
@@ -65,9 +67,6 @@ def _pieces(file: GGUFFile) -> list[VocabularyPiece]:
         raise CheckpointError(
             f"{file.path}: has {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types"
         )
-    if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise CheckpointError(f"{file.path}: has the token {twice!r} twice")
     return [VocabularyPiece(*piece) for piece in zip(tokens, scores, map(PieceType, types), strict=True)]
 
 
@@ -78,22 +77,18 @@ def _byte_level(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:
             f"{file.path}: tokenizer.ggml.pre is {pre!r}, an unknown way to split text; known: {', '.join(SPLITS)}"
         )
     merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", ())]
-    vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
-    lost = [merge for merge in merges if len(merge) != 2 or "".join(merge) not in vocabulary]
+    ids = vocabulary(file.path, pieces)
+    lost = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys()]
     if lost or not merges:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.merges is empty or does not fit the tokens: {lost[:3]}")
     # Llama 3 takes a word that is a token as it is, even where no merges lead to it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in LLAMA3))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in LLAMA3))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()  # so does the tokenizer that the file was made from
     splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    for piece in pieces:
-        if piece.type in (PieceType.CONTROL, PieceType.USER_DEFINED):
-            special = piece.type == PieceType.CONTROL
-            tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=special)])
     return tokenizer
 
 
@@ -104,7 +99,7 @@ def _sentencepiece(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:
         )
     if file.value("tokenizer.ggml.remove_extra_whitespaces"):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not implemented")
-    return bpe_tokenizer(pieces, prefix_space=file.value("tokenizer.ggml.add_space_prefix", True))
+    return bpe_tokenizer(file.path, pieces, prefix_space=file.value("tokenizer.ggml.add_space_prefix", True))
 
 
 def _rules(file: GGUFFile, model: str, pieces: list[VocabularyPiece]) -> TokenizerRules:

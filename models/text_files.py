@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from config.manifest import TokenizerRules
+from models.checkpoint_error import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -33,10 +34,24 @@ class TextFiles:
             (folder / CHAT_TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
 
 
-def plain_tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The tokenizer's file without what it would do to a prompt beside splitting it: add tokens, cut, pad."""
-    content = json.loads(tokenizer.to_str())
-    return json.dumps(content | {"post_processor": None, "truncation": None, "padding": None}, ensure_ascii=False)
+def text_files(
+    source: Path, tokenizer: Tokenizer, chat_template: str | None, rules: TokenizerRules, vocab_size: int
+) -> TextFiles:
+    """Join a model's text side, and take from the tokenizer what it would do beside splitting: add tokens, cut, pad.
+
+    Raises:
+        CheckpointError: a token's id is beyond the network's ``vocab_size``.
+    """
+    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        if i >= vocab_size:
+            raise CheckpointError(
+                f"{source}: the token {token!r} has id {i}, the network only knows {vocab_size} tokens"
+            )
+    for end in unique_ids(rules.bos_token_id, *rules.eos_token_ids):
+        if not 0 <= end < vocab_size:
+            raise CheckpointError(f"{source}: names {end} as begin or end token, the network knows {vocab_size} tokens")
+    content = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
+    return TextFiles(json.dumps(content, ensure_ascii=False), chat_template, rules)
 
 
 def unique_ids(*ids: int | None) -> tuple[int, ...]:

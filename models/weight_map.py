@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -167,7 +168,7 @@ def read_weight(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Floats:
     return np.ascontiguousarray(arranged[0] if len(arranged) == 1 else np.concatenate(arranged))
 
 
-def check_tensors(source: str, tensors: TensorSource, weights: WeightMap, unused: Callable[[str], bool]) -> None:
+def check_tensors(source: Path, tensors: TensorSource, weights: WeightMap, unused: Callable[[str], bool]) -> None:
     """See that the checkpoint holds exactly the tensors of this network, before anything is read.
 
     ``unused`` tells which other tensors carry nothing that the network lacks.
