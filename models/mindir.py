@@ -1,0 +1,138 @@
+"""MindIR files as data: their contract, their weights, their links to our library. Nothing here runs a graph.
+
+MindSpore writes each graph with all its weights inside and with absolute paths to C++ operators. ``detach`` makes of a
+prefill and a decode graph two small files on one common weights file, free of paths; ``attach`` gives a loader's copy the
+path of this machine's library again, and only of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from mindspore.train.mind_ir_pb2 import ModelProto, TensorProto
+
+from config.manifest import GraphTensor
+
+WEIGHTS_FILE = "weights.bin"  # beside the graphs
+LIBRARY = "libnative.so"  # what a C++ operator's path says in the files at rest
+HEADER_BYTES = 64  # before the first weight: MindSpore's mark of the byte order
+ALIGNMENT = 64  # of each weight in the file
+
+
+class MindIRError(ValueError):
+    """The file is not a MindIR that we can use; the message names it and says why."""
+
+
+class WeightsFile:
+    """The file that both graphs' weights are moved to; a weight that both have is written once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Write the header to ``file``, which is empty and stays open until the last ``take``."""
+        self._file = file
+        self._places: dict[str, tuple[int, int]] = {}  # name → offset, length
+        self._end = HEADER_BYTES
+        file.write(b"\x01".ljust(HEADER_BYTES, b"\0"))  # little endian
+
+    def take(self, parameter: TensorProto) -> None:
+        """Move one weight out of its graph."""
+        name = plain_name(parameter.name)
+        if name not in self._places:
+            padding = -len(parameter.raw_data) % ALIGNMENT
+            self._file.write(parameter.raw_data + bytes(padding))
+            self._places[name] = (self._end, len(parameter.raw_data))
+            self._end += len(parameter.raw_data) + padding
+        external = parameter.external_data
+        external.location = os.path.basename(self._file.name)
+        external.offset, external.length = self._places[name]
+        parameter.ClearField("raw_data")
+
+
+def read(path: Path) -> ModelProto:
+    """Parse one MindIR file.
+
+    Raises:
+        MindIRError: it is none.
+    """
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError has no public name that all its versions share
+        raise MindIRError(f"{path}: is not a MindIR file: {error}") from None
+    if not model.HasField("graph"):
+        raise MindIRError(f"{path}: holds no graph")
+    return model
+
+
+def detach(graphs: Iterable[Path], weights: Path) -> None:
+    """Rewrite graph files in place: weights move to ``weights`` beside them, operators name no folder any more."""
+    with weights.open("wb") as file:
+        weights_file = WeightsFile(file)
+        for path in graphs:
+            model = read(path)
+            for parameter in model.graph.parameter:
+                weights_file.take(parameter)
+            link(model, LIBRARY)
+            path.chmod(0o644)
+            path.write_bytes(model.SerializeToString())
+
+
+def attach(source: Path, target: Path, library: Path | None) -> None:
+    """Write a copy of the graph ``source`` to ``target`` whose C++ operators are those of ``library``.
+
+    Raises:
+        MindIRError: the graph has operators of another library (a library is code: only ours is loaded), or has ours
+            and there is none.
+    """
+    model = read(source)
+    operators = custom_operators(model)
+    foreign = sorted(name for name in operators if not name.startswith(f"{LIBRARY}:"))
+    if foreign:
+        raise MindIRError(f"{source}: has operators of a library that is not ours: {', '.join(foreign)}")
+    if operators and library is None:
+        raise MindIRError(
+            f"{source}: was exported with C++ operators, and they are not built here; "
+            "run python -m kernels.library, or export the model again with --operators portable"
+        )
+    link(model, str(library))
+    target.write_bytes(model.SerializeToString())
+
+
+def link(model: ModelProto, library: str) -> None:
+    """Let every C++ operator come from ``library``."""
+    for primitive in model.primitives:
+        for attribute in primitive.attribute:
+            if primitive.op_type == "Custom" and attribute.name in ("func_name", "uniq_name"):
+                operator = attribute.s.decode().rpartition(":")[2]
+                prefix = "Custom_" if attribute.name == "uniq_name" else ""
+                attribute.s = f"{prefix}{library}:{operator}".encode()
+
+
+def custom_operators(model: ModelProto) -> set[str]:
+    """``library:function`` of every operator that is not MindSpore's own."""
+    return {
+        attribute.s.decode()
+        for primitive in model.primitives
+        for attribute in primitive.attribute
+        if primitive.op_type == "Custom" and attribute.name == "func_name"
+    }
+
+
+def inputs(model: ModelProto) -> tuple[GraphTensor, ...]:
+    """The graph's inputs in feed order."""
+    names = {value: key.lower() for key, value in TensorProto.DataType.items()}
+    return tuple(
+        GraphTensor(
+            name=plain_name(entry.name),
+            dtype={"float": "float32"}.get(dtype := names[entry.tensor[0].data_type], dtype),
+            shape=tuple(entry.tensor[0].dims),
+        )
+        for entry in model.graph.input
+    )
+
+
+def plain_name(name: str) -> str:
+    """A name without the graph that MindSpore puts before it."""
+    return name.rpartition(":")[2]
