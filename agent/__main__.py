@@ -6,7 +6,6 @@ import faulthandler
 import logging
 import os
 import signal
-from pathlib import Path
 
 from agent.agent import Agent
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
@@ -14,7 +13,6 @@ from agent.listener import Listener
 from agent.runner import open_runner
 from agent.secret_file import read_secret
 from config.log_file import log_to_file
-from config.manifest import read_manifest, verify_files
 
 logger = logging.getLogger("agent")
 
@@ -41,7 +39,6 @@ def _load(settings: AgentSettings) -> Agent:
     """The agent of these settings, warmed up."""
     model = settings.model
     logger.info("loading rank %d of %s", settings.rank, model.path)
-    verify_files(model.path, read_manifest(Path(model.path)))
     agent = Agent(open_runner(model), settings.config.limits, rank=settings.rank, world_size=len(model.agent_ports))
     agent.warm_up()
     return agent

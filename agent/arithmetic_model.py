@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from agent.protocol import Floats, Ints
 from agent.step_batch import StepBatch
-from config.manifest import Manifest, TokenizerRules, file_digest, read_manifest, write_manifest
+from config.manifest import Manifest, TokenizerRules, file_digest, read_manifest, verify_files, write_manifest
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!\néж中好🙂"
 BEGIN, END = 256, 257
@@ -60,8 +60,13 @@ class ArithmeticModel:
     cache_dtype = "int32"
 
     def __init__(self, folder: Path, *, cache_bytes: int, step_seconds: float = 0.0) -> None:
-        """``step_seconds`` is the least time of a step: that of the device for which the model stands."""
+        """Read the model's folder; ``step_seconds`` is the least time of a step, that of the device it stands for.
+
+        Raises:
+            ManifestError: the folder does not hold what ``write_model`` wrote.
+        """
         self.manifest = read_manifest(folder)
+        verify_files(folder, self.manifest)
         block_size = self.manifest.block_size
         self.num_blocks = cache_bytes // self.manifest.cache_block_bytes(itemsize=4)
         self._step_seconds = step_seconds
@@ -108,7 +113,8 @@ def _next_tokens(
     places = np.arange(1, tokens.shape[1] + 1, dtype=np.int64)
     sums = np.cumsum(tokens * places, axis=1)[rows, lengths - 1]
     following = _FIRST[sums // 10 % len(_FIRST)]
-    newest = [np.where(lengths > back, tokens[rows, lengths - 1 - back], -1) for back in range(_LONGEST)]
+    lasts = [lengths - 1 - back for back in range(_LONGEST)]
+    newest = [np.where(last >= 0, tokens[rows, np.maximum(last, 0)], -1) for last in lasts]
     for tail, byte in _UNFINISHED:
         inside = np.logical_and.reduce([newest[back] == token for back, token in enumerate(tail)])
         following = np.where(inside, byte, following)

@@ -11,6 +11,7 @@ from agent.secret_file import SecretError, read_secret
 from config.manifest import ManifestError, read_manifest
 from config.serving_config import ModelConfig, ServingConfig
 
+MIN_BLOCKS = 3  # the null block, and two for the proof that prefill and decode share a cache
 _CACHE_ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -50,8 +51,8 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
             f"{model.path} is exported for {manifest.world_size} rank(s), so it needs as many, not {ports}",
         )
     block_bytes = manifest.cache_block_bytes(_CACHE_ITEM_BYTES[model.cache_dtype])
-    if model.cache_bytes < 2 * block_bytes:  # the null block and one to use
-        yield "cache_memory", f"{model.cache_memory} holds no two blocks of {block_bytes} bytes"
+    if model.cache_bytes < MIN_BLOCKS * block_bytes:
+        yield "cache_memory", f"{model.cache_memory} holds fewer than {MIN_BLOCKS} blocks of {block_bytes} bytes"
 
 
 def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
