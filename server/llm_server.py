@@ -105,10 +105,8 @@ class LLMServer:
         """
         self._accepting = False
         if self._loop and self._task:
-            try:
-                await asyncio.wait_for(self._loop.drained(), drain_seconds)
-            except asyncio.TimeoutError:
-                _log.warning("%s: not all requests finished within %g s", self.name, drain_seconds)
+            if not await self._loop.drained(drain_seconds):
+                _log.warning("%s: not all requests finished within %g s; they are aborted", self.name, drain_seconds)
             self._loop.abort_all()
             self._task.cancel()
             await asyncio.wait([self._task])

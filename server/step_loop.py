@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -80,9 +81,12 @@ class StepLoop:
         for request in list(self._answers):
             self.abort(request)
 
-    async def drained(self) -> None:
-        """Wait until no request is left."""
-        await self._empty.wait()
+    async def drained(self, seconds: float) -> bool:
+        """Wait until no request is left, for ``seconds`` at most; whether that was enough."""
+        if self._answers:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
+        return not self._answers
 
     async def run(self) -> None:
         """Run steps for ever; cancel to stop."""

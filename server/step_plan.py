@@ -36,7 +36,9 @@ def make_plan(step: Step, block_size: int) -> StepPlan:
         sampled_rows=pack_ints(sampled),
         logits_indices=pack_ints(np.concatenate([ends[sampled] - 1, prompt_indices])),
         prompt_targets=pack_ints(prompt_targets),
-        prompt_top_logprobs=max(row.request.params.prompt_top_logprobs for row in rows) if prompt_targets else 0,
+        prompt_top_logprobs=max(
+            (row.request.params.prompt_top_logprobs for row in rows if row.prompt_logits), default=0
+        ),
         resets=tuple(map(_reset, step.admitted)),
     )
 
