@@ -1,0 +1,64 @@
+"""A model's chat template in Jinja's sandbox."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.chat_template import ChatTemplate
+from server.errors import InvalidRequest
+from server.token_bytes import TokenizerError
+
+CHATML = (
+    "{% for message in messages %}\n"
+    "    {% if message.role not in ('system', 'user', 'assistant') %}\n"
+    "        {{ raise_exception('unknown role ' + message.role) }}\n"
+    "    {% endif %}\n"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def render(source: str, *messages: dict[str, object], add_generation_prompt: bool = True) -> str:
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    return template.render(messages, add_generation_prompt=add_generation_prompt)
+
+
+def test_a_conversation() -> None:
+    messages = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "<b> & 你好"})
+    assert render(CHATML, *messages, add_generation_prompt=False) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n<b> & 你好<|im_end|>\n"
+    )
+    assert render(CHATML, *messages).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_names_that_templates_know() -> None:
+    assert render("{{ bos_token }}{{ eos_token }}{{ strftime_now('%%') }}") == "<s></s>%"
+    assert render("{{ messages[0] | tojson }}", {"b": "<é>", "a": 1}) == '{"b": "<é>", "a": 1}'
+    assert render("{% for m in messages %}{{ m.c }}{% break %}{% endfor %}", {"c": "1"}, {"c": "2"}) == "1"
+
+
+def test_what_the_template_refuses_is_the_clients_fault() -> None:
+    with pytest.raises(InvalidRequest, match="unknown role robot") as caught:
+        render(CHATML, {"role": "robot", "content": ""})
+    assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("{{ messages[0].content + 1 }}", id="type"),
+        pytest.param("{{ messages[5].content.x }}", id="undefined"),
+        pytest.param("{{ range(10000000) }}", id="range"),
+        pytest.param("{{ ''.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}", id="escape"),
+        pytest.param("{{ messages.append(1) }}", id="mutation"),
+    ],
+)
+def test_whatever_else_goes_wrong_is_no_crash(source: str) -> None:
+    with pytest.raises(InvalidRequest):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_a_template_that_cannot_be_parsed_names_its_line() -> None:
+    with pytest.raises(TokenizerError, match="line 2"):
+        ChatTemplate("ok\n{% if %}", {})
