@@ -70,7 +70,7 @@ class ArithmeticModel:
         block_size = self.manifest.block_size
         self.num_blocks = cache_bytes // self.manifest.cache_block_bytes(itemsize=4)
         self._step_seconds = step_seconds
-        self._cache = np.zeros((self.num_blocks * block_size, 2), np.int32)  # token id, position + 1
+        self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)
 
     def run(self, batch: StepBatch) -> Floats:
@@ -87,15 +87,14 @@ class ArithmeticModel:
     def _write(self, batch: StepBatch) -> None:
         """Write the new tokens. What goes to the null block is dropped, so a row that lives there is found out."""
         kept = batch.slot_mapping >= self.manifest.block_size
-        self._cache[batch.slot_mapping[kept], 0] = batch.token_ids[kept]
-        self._cache[batch.slot_mapping[kept], 1] = batch.positions[kept] + 1
+        entries = np.stack([batch.token_ids[kept], batch.positions[kept] + 1], axis=1)
+        self._cache.reshape(-1, 2)[batch.slot_mapping[kept]] = entries
 
     def _read(self, batch: StepBatch) -> tuple[Ints, Ints]:
         """Token ids and positions (from 1) that the rows' block tables lead to, each ``[R, longest context]``."""
-        longest, block_size = int(batch.context_lens.max()), self.manifest.block_size
-        tables = batch.block_tables[:, : -(-longest // block_size)]
-        slots = tables[:, :, None] * block_size + np.arange(block_size, dtype=np.int32)
-        entries = self._cache[slots.reshape(len(tables), -1)[:, :longest]]
+        longest = int(batch.context_lens.max())
+        tables = batch.block_tables[:, : -(-longest // self.manifest.block_size)]
+        entries = self._cache[tables].reshape(len(tables), -1, 2)[:, :longest]
         return entries[..., 0], entries[..., 1]
 
 
