@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -37,20 +38,18 @@ class TextFiles:
 def text_files(
     source: Path, tokenizer: Tokenizer, chat_template: str | None, rules: TokenizerRules, vocab_size: int
 ) -> TextFiles:
-    """Join a model's text side, and take from the tokenizer what it would do beside splitting: add tokens, cut, pad.
+    """Join a model's text side. What the tokenizer would add around a text is taken from it: ``rules`` say that.
 
     Raises:
         CheckpointError: a token's id is beyond the network's ``vocab_size``.
     """
-    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-        if i >= vocab_size:
-            raise CheckpointError(
-                f"{source}: the token {token!r} has id {i}, the network only knows {vocab_size} tokens"
-            )
+    last, i = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=itemgetter(1))
+    if i >= vocab_size:
+        raise CheckpointError(f"{source}: the token {last!r} has id {i}, the network only knows {vocab_size} tokens")
     for end in unique_ids(rules.bos_token_id, *rules.eos_token_ids):
         if not 0 <= end < vocab_size:
             raise CheckpointError(f"{source}: names {end} as begin or end token, the network knows {vocab_size} tokens")
-    content = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
+    content = json.loads(tokenizer.to_str()) | {"post_processor": None}
     return TextFiles(json.dumps(content, ensure_ascii=False), chat_template, rules)
 
 
