@@ -103,6 +103,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     config = gguf_config(file)
+    _check_heads(path, config)
     weights = gguf_weight_map(config)
     check_tensors(path, file, weights, unused=lambda name: name == ROPE_FREQS)
     text = gguf_text(file, config.vocab_size)
@@ -114,6 +115,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _open_huggingface(folder: Path) -> Checkpoint:
     file = ConfigFile(folder / CONFIG_FILE)
     config = huggingface_config(file)
+    _check_heads(folder, config)
     tensors = SafetensorsFolder(folder)
     weights = huggingface_weight_map(config)
     check_tensors(folder, tensors, weights, unused=lambda name: _recomputed(name, config))
@@ -122,6 +124,14 @@ def _open_huggingface(folder: Path) -> Checkpoint:
     files = (*tensors.files, *(path for path in others if path.is_file()))
     name = folder.resolve().name
     return Checkpoint(source=name, name=name, config=config, text=text, files=files, tensors=tensors, weights=weights)
+
+
+def _check_heads(path: Path, config: NetworkConfig) -> None:
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"{path}: has {config.num_heads} heads of {config.head_dim} for {config.num_kv_heads} keys and values; "
+            "the second must be even, the third must divide the first"
+        )
 
 
 def _recomputed(name: str, config: NetworkConfig) -> bool:

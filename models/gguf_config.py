@@ -31,6 +31,8 @@ READ_KEYS = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
 }
+# These change the result; only this value is implemented.
+FIXED_KEYS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.sliding_window": 0}
 HARMLESS_KEYS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.layer_norm_epsilon"}
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -79,7 +81,7 @@ def _refuse_unknown_keys(file: GGUFFile, architecture: str) -> None:
         if not key.startswith(prefix) or name in READ_KEYS or name in HARMLESS_KEYS:
             continue
         value = file.value(key)
-        if value:  # zero experts, no window: nothing is turned on
+        if name not in FIXED_KEYS or value != FIXED_KEYS[name]:
             raise CheckpointError(f"{file.path}: {key} = {value!r} may change the result and is not implemented")
 
 

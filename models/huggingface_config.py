@@ -54,7 +54,8 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1, 1.0),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
     "is_decoder": (False, True),  # all of these are
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -65,6 +66,7 @@ HARMLESS_FIELDS = {
     *("model_type", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_bfloat16", "torchscript"),
     *("initializer_range", "attention_dropout", "hidden_dropout", "pretraining_tp", "attn_implementation"),
     *("tokenizer_class", "task_specific_params", "finetuning_task", "problem_type", "unsloth_version", "unsloth_fixed"),
+    *("is_llama_config", "transformers.js_config"),
     # what transformers returns and how it computes
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
     *("id2label", "label2id", "num_labels", "pad_token_id", "unk_token_id", "sep_token_id", "max_sequence_length"),
@@ -180,7 +182,7 @@ def _refuse_unknown_fields(file: ConfigFile, architecture: Architecture) -> None
         if name in known or name.startswith("_") or value in (None, [], {}, ""):
             continue
         if name == "layer_types":
-            if set(value) != {"full_attention"}:
+            if not isinstance(value, list) or set(value) != {"full_attention"}:
                 raise file.refuse(name, value, "full_attention")
         elif value not in FIXED_FIELDS.get(name, ()):
             raise file.refuse(name, value, " or ".join(map(repr, FIXED_FIELDS.get(name, ()))))
@@ -202,13 +204,16 @@ def _rope(file: ConfigFile, architecture: Architecture) -> tuple[float, RopeScal
     blocks = [name for name in ("rope_parameters", "rope_scaling") if file.fields.get(name)]
     if len(blocks) > 1:
         raise CheckpointError(f"{file.path}: has both {' and '.join(blocks)}, which say the same thing; keep one")
-    block = dict(file.fields[blocks[0]]) if blocks else {}
     where = blocks[0] if blocks else "rope_scaling"
+    found = file.fields[where] if blocks else {}
+    if not isinstance(found, dict):
+        raise file.refuse(where, found, f"types {', '.join(ROPE_KEYS)}")
+    block = dict(found)
     theta = file.positive("rope_theta", block.pop("rope_theta", None) or file.number("rope_theta", 10000.0))
     kind = block.pop("rope_type", None) or block.get("type", "default")
     block.pop("type", None)
     if kind not in ROPE_KEYS:
-        raise file.refuse(where, file.fields[where], f"types {', '.join(ROPE_KEYS)}")
+        raise file.refuse(where, found, f"types {', '.join(ROPE_KEYS)}")
     for name, value in block.items():
         if name not in ROPE_KEYS[kind] and value is not None and (name, value) != ("partial_rotary_factor", 1.0):
             raise file.refuse(

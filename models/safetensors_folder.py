@@ -94,11 +94,11 @@ def _files(folder: Path) -> tuple[Path, ...]:
 
 def _indexed_files(index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()), key=str)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: is no index of safetensors files: {error}") from None
     for name in names:
-        if not name.endswith(".safetensors") or Path(name).name != name:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
             raise CheckpointError(f"{index}: names {name!r}; only safetensors files beside it are read")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name}: is missing; {index.name} names it")
@@ -122,7 +122,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     for name, dtype, shape, start, end in entries:
         if dtype not in ITEM_SIZES:
             raise CheckpointError(f"{path}: {name} is stored as {dtype}; supported: {', '.join(ITEM_SIZES)}")
-        if not 0 <= start <= end or end - start != math.prod(shape) * ITEM_SIZES[dtype]:
+        if min(start, end, *shape) < 0 or end - start != math.prod(shape) * ITEM_SIZES[dtype]:
             raise CheckpointError(f"{path}: {name} has {end - start} bytes, which is not {list(shape)} of {dtype}")
         if 8 + length + end > total:
             raise CheckpointError(f"{path}: is cut short: {name} ends beyond its end")

@@ -7,7 +7,8 @@ another order than ours is put in order piece by piece, so only one weight is in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,12 @@ from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 
 Floats = NDArray[np.float32]
+
+
+class RowOrder(Protocol):
+    """Puts the rows of a weight with this many heads into our order."""
+
+    def __call__(self, rows: Floats, heads: int) -> Floats: ...
 
 
 class TensorSource(Protocol):
@@ -100,25 +107,14 @@ def huggingface_weight_map(config: NetworkConfig) -> WeightMap:
     return _weight_map(config, names, None)
 
 
-def _weight_map(
-    config: NetworkConfig, names: dict[str, str], rotary: Callable[[Floats, int], Floats] | None
-) -> WeightMap:
-    pieces = {}
+def _weight_map(config: NetworkConfig, names: dict[str, str], rotary: RowOrder | None) -> WeightMap:
+    weights = {}
     for weight, shape in config.weight_shapes().items():
-        layer, kind = _split(weight)
-        suffix = ".bias" if kind.endswith("_bias") else ".weight"
-        role = kind.removesuffix("_bias")
-        if role == "qkv":
-            pieces[weight] = tuple(_qkv_pieces(config, names, shape, rotary))
-        elif role == "gate_up":
-            half = (config.intermediate_size, config.hidden_size)
-            pieces[weight] = (Piece(names["gate"], half), Piece(names["up"], half))
-        else:
-            pieces[weight] = (Piece(names[role], shape),)
-        pieces[weight] = tuple(
-            Piece(piece.tensor.format(layer) + suffix, piece.shape, piece.arrange) for piece in pieces[weight]
-        )
-    return pieces
+        layer, role = _split(weight)
+        suffix = ".bias" if role.endswith("_bias") else ".weight"
+        pieces = _pieces(config, names, role.removesuffix("_bias"), shape, rotary)
+        weights[weight] = tuple(replace(piece, tensor=piece.tensor.format(layer) + suffix) for piece in pieces)
+    return weights
 
 
 def _split(weight: str) -> tuple[str, str]:
@@ -129,22 +125,21 @@ def _split(weight: str) -> tuple[str, str]:
     return layer, kind
 
 
-def _qkv_pieces(
-    config: NetworkConfig,
-    names: dict[str, str],
-    shape: tuple[int, ...],
-    rotary: Callable[[Floats, int], Floats] | None,
+def _pieces(
+    config: NetworkConfig, names: dict[str, str], role: str, shape: tuple[int, ...], rotary: RowOrder | None
 ) -> Iterator[Piece]:
-    if "qkv" in names:
-        yield Piece(names["qkv"], shape, lambda rows: _unpack_groups(rows, config))
-        return
-    for role, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
-        arrange = None if rotary is None or role == "v" else _bind_heads(rotary, heads)
-        yield Piece(names[role], (heads * config.head_dim, *shape[1:]), arrange)
-
-
-def _bind_heads(rotary: Callable[[Floats, int], Floats], heads: int) -> Callable[[Floats], Floats]:
-    return lambda rows: rotary(rows, heads)
+    """The pieces of one weight, with their names still to be completed by layer and suffix."""
+    if role == "gate_up":
+        half = (config.intermediate_size, *shape[1:])
+        yield from (Piece(names["gate"], half), Piece(names["up"], half))
+    elif role == "qkv" and role in names:
+        yield Piece(names[role], shape, lambda rows: _unpack_groups(rows, config))
+    elif role == "qkv":
+        for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+            arrange = None if rotary is None or part == "v" else partial(rotary, heads=heads)
+            yield Piece(names[part], (heads * config.head_dim, *shape[1:]), arrange)
+    else:
+        yield Piece(names[role], shape)
 
 
 def _halves_from_pairs(rows: Floats, heads: int) -> Floats:

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from models.huggingface_config import ConfigFile, huggingface_config
 from models.network_config import RopeScaling
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -176,6 +177,9 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
         ({"architectures": None}, "architectures None"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"num_key_value_heads": 3}, "4 heads of 16 for 3 keys and values"),
+        ({"layer_types": "full_attention"}, "layer_types = 'full_attention'"),
+        ({"rope_parameters": 4.0}, r"rope_parameters = 4\.0"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
@@ -204,23 +208,50 @@ def test_a_config_that_cannot_be_served(changes: dict[str, Any], message: str, t
         open_checkpoint(tmp_path)
 
 
-def test_fields_of_published_configs_are_accepted(tmp_path: Path) -> None:
-    write_tiny("qwen2", tmp_path)
-    edit_config(
-        tmp_path,
-        _name_or_path="somewhere",
-        attention_dropout=0.0,
-        initializer_range=0.02,
-        max_window_layers=21,
-        sliding_window=32768,
-        use_sliding_window=False,
-        torch_dtype="bfloat16",
-        transformers_version="4.43.1",
-        use_cache=True,
-        pad_token_id=None,
-        auto_map={"AutoModel": "evil.Model"},
-    )
-    assert open_checkpoint(tmp_path).config.architecture == "qwen2"
+# What published config.json files of these families hold beside the network's shape.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SmolLM2": {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "pad_token_id": 2,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+    "Llama 2": {"_name_or_path": "somewhere", "pretraining_tp": 1, "torch_dtype": "float16", "use_cache": True},
+    "Qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_bias": None,
+        "mlp_bias": None,
+        "attention_dropout": 0.0,
+        "max_window_layers": 21,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "use_mrope": None,
+    },
+    "Qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "layer_types": ["full_attention", "full_attention"],
+        "max_window_layers": 36,
+        "sliding_window": None,
+    },
+    "InternLM2": {
+        "architectures": ["InternLM2ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
+        "attention_bias": None,
+        "attn_implementation": "eager",
+        "bias": False,
+        "rope_parameters": None,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_configs_are_accepted(name: str, tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path)
+    edit_config(tmp_path, **PUBLISHED[name])
+    config = huggingface_config(ConfigFile(tmp_path / "config.json"))
+    assert config.num_layers == 2
+    assert config.rope_scaling is None
 
 
 def replace_by_pickle(folder: Path) -> None:
@@ -326,6 +357,8 @@ def write_gguf(path: Path, architecture: str, **metadata: Any) -> None:
         ("gemma3", {}, "architecture 'gemma3'; supported in GGUF: llama, internlm2, qwen2, qwen3"),
         ("llama", {"llama__expert_count": 8}, r"llama\.expert_count = 8 may change the result"),
         ("llama", {"llama__attention__sliding_window": 4096}, r"llama\.attention\.sliding_window = 4096"),
+        ("llama", {"llama__attention__causal": False}, r"llama\.attention\.causal = False"),
+        ("llama", {"llama__expert_count": 0}, r"lacks the metadata key llama\.embedding_length"),
         ("llama", {}, r"lacks the metadata key llama\.embedding_length"),
         ("llama", {"split__count": 3}, "is one of 3 parts"),
         (
