@@ -10,7 +10,7 @@ import numpy as np
 
 from agent.connection import Connection
 from agent.listener import Listener
-from agent.logprobs import target_logprobs, top_logprobs
+from agent.logprobs import token_logprobs
 from agent.protocol import Hello, ProtocolError, StepError, StepOutput, StepPlan, pack_floats, pack_ints
 from agent.runner import Runner
 from agent.sampler import Sampler
@@ -100,14 +100,16 @@ class Agent:
         sampled, known = np.split(logits, [sampling.seats.size])  # views
         token_ids = self._sampler.sample(sampled, sampling.seats)
         logprobs, top_ids, top_values = self._sampler.logprobs(sampled, sampling.seats, token_ids)
-        prompt_top_ids, prompt_top_values = top_logprobs(known, sampling.prompt_top_logprobs)
+        prompt_logprobs, prompt_top_ids, prompt_top_values = token_logprobs(
+            known, sampling.prompt_targets, sampling.prompt_top_logprobs
+        )
         return StepOutput(
             step_id=plan.step_id,
             token_ids=pack_ints(token_ids),
             logprobs=pack_floats(logprobs),
             top_ids=pack_ints(top_ids),
             top_logprobs=pack_floats(top_values),
-            prompt_logprobs=pack_floats(target_logprobs(known, sampling.prompt_targets)),
+            prompt_logprobs=pack_floats(prompt_logprobs),
             prompt_top_ids=pack_ints(prompt_top_ids),
             prompt_top_logprobs=pack_floats(prompt_top_values),
             device_seconds=device_seconds,

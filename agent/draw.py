@@ -37,7 +37,7 @@ class _Shortlist:
     """The best tokens of a row, best first, and what their probabilities are shares of."""
 
     ids: NDArray[np.int64]
-    weights: Doubles  # exp((logit - largest) / temperature)
+    weights: Floats  # exp((logit - largest) / temperature)
     total: float  # of all tokens that top-k leaves
 
 
@@ -61,8 +61,8 @@ def draw(rows: list[Floats], settings: Settings) -> NDArray[np.int64]:
             shortlist = _shortlist(row, largest, settings[i])
             groups.setdefault(shortlist.ids.size.bit_length(), {})[i] = shortlist
         else:
-            weights = _weights(row, largest, settings[i])
-            tokens[i] = _pick(np.cumsum(weights, dtype=np.float64)[None], uniform[i : i + 1])[0]
+            cumulated = np.cumsum(_weights(row, largest, settings[i]), dtype=np.float64)
+            tokens[i] = np.searchsorted(cumulated, _target(cumulated[-1], uniform[i]), side="right")
     for group in groups.values():
         places = list(group)
         tokens[places] = _draw_filtered(list(group.values()), settings[places], uniform[places])
@@ -82,9 +82,9 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def _weights(logits: Floats, largest: float, settings: Any) -> Doubles:
+def _weights(logits: Floats, largest: float, settings: Any) -> Floats:
     with np.errstate(over="ignore"):  # a tiny temperature: all but the largest end at exp(-inf) = 0
-        weights: Doubles = np.exp((logits.astype(np.float64) - largest) / settings["temperature"])
+        weights: Floats = np.exp((logits - np.float32(largest)) / np.float32(settings["temperature"]))
     return weights
 
 
@@ -94,13 +94,13 @@ def _shortlist(row: Floats, largest: float, settings: Any) -> _Shortlist:
     if top_k or not (top_p < 1 or min_p > 0):
         ids = best_tokens(row, top_k or row.size)
         weights = _weights(row[ids], largest, settings)
-        return _Shortlist(ids, weights, float(np.cumsum(weights)[-1]))
-    total = float(np.cumsum(_weights(row, largest, settings))[-1])
+        return _Shortlist(ids, weights, float(np.cumsum(weights, dtype=np.float64)[-1]))
+    total = float(np.sum(_weights(row, largest, settings), dtype=np.float64))
     size = _FIRST_SHORTLIST
     while True:
         ids = best_tokens(row, size)
         weights = _weights(row[ids], largest, settings)
-        complete = np.cumsum(weights)[-1] >= top_p * total if top_p < 1 else weights[-1] < min_p
+        complete = weights.sum(dtype=np.float64) >= top_p * total if top_p < 1 else weights[-1] < min_p
         if complete or size >= row.size:
             return _Shortlist(ids, weights, total)
         size *= 8
@@ -147,6 +147,10 @@ def _typical(weights: Doubles, typical_p: Doubles) -> Doubles:
 
 def _pick(cumulated: Doubles, uniform: Doubles) -> NDArray[np.int64]:
     """Where a uniform number falls in each row of cumulated weights ``[N, C]``; never on a weight of 0."""
-    total = cumulated[:, -1]
-    target = np.minimum(uniform * total, np.nextafter(total, 0))
+    target = _target(cumulated[:, -1], uniform)
     return np.asarray(np.count_nonzero(cumulated <= target[:, None], axis=1), np.int64)
+
+
+def _target(total: Any, uniform: Any) -> Any:
+    """The share ``uniform`` of ``total``, below ``total`` also after rounding."""
+    return np.minimum(uniform * total, np.nextafter(total, 0))

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.draw import SETTINGS, draw
-from agent.logprobs import target_logprobs, top_logprobs
+from agent.logprobs import token_logprobs
 from agent.protocol import Floats, Ints, SamplingParams, SeatReset, ints
 from agent.token_counts import TokenCounts
 
+MIN_TEMPERATURE = 1e-30  # a number that single precision can divide by
 _NO_PARAMS = SamplingParams()
 
 
@@ -53,7 +54,7 @@ class Sampler:
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0
         self._num_logprobs[seat] = params.top_logprobs if params.logprobs or params.top_logprobs else -1
         self._settings[seat] = (
-            params.temperature,
+            max(params.temperature, MIN_TEMPERATURE) if params.temperature else 0.0,
             min(params.top_k, self._vocab_size),
             params.top_p,
             params.min_p,
@@ -98,9 +99,8 @@ class Sampler:
         ids = np.zeros((len(seats), most), np.int32)
         best = np.full((len(seats), most), np.nan, np.float32)
         for i in np.flatnonzero(wanted >= 0):
-            row, count = logits[i : i + 1], wanted[i]
-            chosen[i : i + 1] = target_logprobs(row, token_ids[i : i + 1].astype(np.int32))
-            ids[i : i + 1, :count], best[i : i + 1, :count] = top_logprobs(row, count)
+            row, count = slice(i, i + 1), wanted[i]
+            chosen[row], ids[row, :count], best[row, :count] = token_logprobs(logits[row], token_ids[row], count)
         return chosen, ids, best
 
     def _edit(self, row: Floats, seat: int) -> Floats:

@@ -1,0 +1,291 @@
+"""Sampling against Hugging Face's own processors, token by token, and the promises that the batch relies on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as hf
+
+from agent.draw import SETTINGS, draw, uniform_numbers
+from agent.logprobs import best_tokens, token_logprobs
+from agent.protocol import Floats, SamplingParams, SeatReset, pack_ints
+from agent.sampler import Sampler
+from agent.token_counts import TokenCounts
+
+SEATS = 8
+vocabularies = st.sampled_from([1, 2, 7, 61, 300, 5000])
+seeds = st.integers(0, 2**64 - 1)
+shares = st.sampled_from([1e-9, 0.05, 0.3, 0.5, 0.9, 0.99])
+sampling_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.01, 0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 0, 1, 3, 50, 4000, 10**6]),
+    top_p=st.just(1.0) | shares,
+    min_p=st.just(0.0) | st.sampled_from([0.01, 0.2, 1.0]),
+    typical_p=st.just(1.0) | shares,
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, -1.0, 0.4]),
+    presence_penalty=st.sampled_from([0.0, -0.5, 1.5]),
+    seed=seeds,
+    min_new_tokens=st.sampled_from([0, 2, 5]),
+)
+
+
+def random_logits(rows: int, vocab: int, seed: int, scale: float = 3.0) -> Floats:
+    return (np.random.default_rng(seed).normal(size=(rows, vocab)) * scale).astype(np.float32)
+
+
+def reset(params: SamplingParams, prompt: Sequence[int], output: Sequence[int] = (), seat: int = 0) -> SeatReset:
+    return SeatReset(seat=seat, params=params, prompt_ids=pack_ints(prompt), output_ids=pack_ints(output))
+
+
+def sampled(logits: Floats, *resets: SeatReset) -> list[int]:
+    """The next tokens of requests, one for each row of ``logits``."""
+    sampler = Sampler(SEATS, logits.shape[1])
+    for one in resets:
+        sampler.reset(one)
+    return sampler.sample(logits, np.array([one.seat for one in resets], np.int32)).tolist()
+
+
+def hugging_face(row: Floats, params: SamplingParams, prompt: list[int], output: list[int]) -> np.ndarray[Any, Any]:
+    """The probabilities of the next token, in double precision, by Hugging Face's processors."""
+    scores = torch.tensor(row, dtype=torch.float64)[None]
+    ids = torch.tensor([prompt + output])
+    if params.repetition_penalty != 1:
+        scores = hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    for token, count in Counter(output).items():
+        scores[0, token] -= params.frequency_penalty * count + params.presence_penalty
+    if params.min_new_tokens and params.end_token_ids:
+        ends = list(params.end_token_ids)
+        minimum = hf.MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, ends, device="cpu")
+        scores = minimum(ids, scores)
+    scores = hf.TemperatureLogitsWarper(params.temperature)(ids, scores)
+    if params.top_k:
+        scores = hf.TopKLogitsWarper(params.top_k)(ids, scores)
+    if params.top_p < 1:
+        scores = hf.TopPLogitsWarper(params.top_p)(ids, scores)
+    if params.min_p:
+        scores = hf.MinPLogitsWarper(params.min_p)(ids, scores)
+    if params.typical_p < 1:
+        scores = hf.TypicalLogitsWarper(params.typical_p)(ids, scores)
+    return torch.softmax(scores, -1)[0].numpy()
+
+
+def split_mix(seed: int, number: int) -> float:
+    """``uniform_numbers`` in whole numbers."""
+
+    def mix(state: int) -> int:
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        return state ^ state >> 31
+
+    golden = 0x9E3779B97F4A7C15
+    return (mix((mix((seed + golden) % 2**64) + (number + 1) * golden) % 2**64) >> 11) / 2**53
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    return bool(params.top_k or params.top_p < 1 or params.min_p or params.typical_p < 1)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.data(), sampling_params, vocabularies)
+def test_the_token_is_the_one_that_the_uniform_number_falls_on(
+    data: st.DataObject, params: SamplingParams, vocab: int
+) -> None:
+    tokens = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=12)
+    prompt, output = data.draw(tokens), data.draw(tokens)[1:]
+    ends = data.draw(st.sets(st.integers(0, vocab - 1), max_size=min(2, vocab - 1)))
+    params = msgspec.structs.replace(params, end_token_ids=tuple(ends))
+    row = random_logits(1, vocab, data.draw(st.integers(0, 999)), scale=data.draw(st.sampled_from([0.02, 3.0])))[0]
+    [token] = sampled(row[None], reset(params, prompt, output))
+
+    probabilities = hugging_face(row, params, prompt, output)
+    order = np.argsort(-probabilities, kind="stable") if is_filtered(params) else np.arange(vocab)
+    borders = np.cumsum(probabilities[order])
+    uniform = uniform_numbers(np.array([params.seed], np.uint64), np.array([len(output)]))[0]
+    place = min(int(np.searchsorted(borders, uniform, side="right")), vocab - 1)
+    neighbours = order[max(place - 1, 0) : place + 2]
+    assert token in neighbours
+    if np.abs(borders - uniform).min() > 2e-6 / min(params.temperature, 1.0):  # single precision moves the borders
+        assert token == order[place]
+    assert probabilities[token] > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(temperature=1.5, top_p=0.8),
+        SamplingParams(temperature=1.0, min_p=0.1),
+        SamplingParams(temperature=1.0, typical_p=0.6),
+        SamplingParams(temperature=2.0, top_k=10, top_p=0.9, min_p=0.02, typical_p=0.9),
+    ],
+)
+@pytest.mark.parametrize("over", ["tokens of one answer", "first tokens of many seeds"])
+def test_distribution(params: SamplingParams, over: str) -> None:
+    """The frequencies of 20,000 draws with fixed seeds are those of the probabilities (chi-square)."""
+    draws, row = 20_000, random_logits(1, 40, seed=5, scale=1.5)[0]
+    one = np.zeros(draws, SETTINGS)
+    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+        one[name] = getattr(params, name)
+    one["number" if over == "tokens of one answer" else "seed"] = np.arange(draws)
+    counts = np.bincount(draw([row] * draws, one), minlength=40)
+    expected = hugging_face(row, params, [0], []) * draws
+    assert not counts[expected == 0].any()
+    likely = expected > 5
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert statistic < scipy.stats.chi2.ppf(0.999, df=max(int(likely.sum()) - 1, 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(sampling_params | st.just(SamplingParams()), min_size=1, max_size=SEATS), vocabularies, st.data())
+def test_neighbours_do_not_matter(params: list[SamplingParams], vocab: int, data: st.DataObject) -> None:
+    """Each row of a batch, in any order of seats, gets the token that it gets alone."""
+    logits = random_logits(len(params), vocab, seed=vocab)
+    ids = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=5)
+    seats = data.draw(st.permutations(range(SEATS)))
+    resets = [reset(one, data.draw(ids), data.draw(ids), seat) for one, seat in zip(params, seats, strict=False)]
+    together = sampled(logits, *resets)
+    alone = [sampled(logits[i : i + 1], msgspec.structs.replace(one, seat=0))[0] for i, one in enumerate(resets)]
+    assert together == alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(sampling_params, st.integers(0, 12), vocabularies)
+def test_preemption_does_not_matter(params: SamplingParams, preempted_after: int, vocab: int) -> None:
+    """A request that takes its seat again, with its answer so far, goes on as if nothing had happened."""
+    params = msgspec.structs.replace(params, end_token_ids=(0,) if vocab > 1 else ())
+    logits = random_logits(13, vocab, seed=preempted_after)
+    prompt, output = [0], []
+    sampler, seat = Sampler(SEATS, vocab), np.array([3], np.int32)
+    sampler.reset(reset(params, prompt, seat=3))
+    for row in logits:
+        output += sampler.sample(row[None], seat).tolist()
+    before = output[:preempted_after]
+    again = Sampler(SEATS, vocab)
+    again.reset(reset(params, prompt, before, seat=3))
+    for row in logits[preempted_after:]:
+        before += again.sample(row[None], seat).tolist()
+    assert before == output
+
+
+def test_a_seat_keeps_nothing_of_the_request_before() -> None:
+    logits = np.array([[0.0, 1.0, 0.5]], np.float32)
+    sampler, seat = Sampler(1, 3), np.array([0], np.int32)
+    sampler.reset(reset(SamplingParams(presence_penalty=9.0), [1]))
+    assert [sampler.sample(logits, seat).tolist() for _ in range(3)] == [[1], [2], [0]]
+    sampler.reset(reset(SamplingParams(), [1]))
+    assert sampler.sample(logits, seat).tolist() == [1]
+    sampler.reset(reset(SamplingParams(presence_penalty=9.0), [1]))
+    assert sampler.sample(logits, seat).tolist() == [1]
+    assert sampler.holds(seat)
+    sampler.clear()
+    assert not sampler.holds(seat)
+
+
+def test_greedy_takes_the_first_of_equals_and_leaves_the_logits_alone() -> None:
+    logits = np.array([[1, 3, 3, 2], [-np.inf] * 4, [5, 5, 5, 5]], np.float32)
+    before = logits.copy()
+    penalized = SamplingParams(repetition_penalty=2.0, min_new_tokens=1, end_token_ids=(0,))
+    resets = reset(SamplingParams(), [1]), reset(SamplingParams(), [1], seat=1), reset(penalized, [1], seat=2)
+    assert sampled(logits, *resets) == [1, 0, 2]
+    assert (logits == before).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"typical_p": 0.5}])
+def test_extremes(temperature: float, filters: dict[str, float]) -> None:
+    params = SamplingParams(temperature=temperature, **filters)
+    rows = np.array([[-np.inf, -np.inf, 2, -np.inf], [3e38, -3e38, 0, 1], [-np.inf] * 4], np.float32)
+    first, second, third = sampled(rows, *(reset(params, [0], seat=seat) for seat in range(3)))
+    assert first == 2  # the only token that is possible
+    assert second in range(4)
+    assert third == 0  # nothing is possible
+    if temperature < 1e29:
+        assert second == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_numbers_that_are_none_are_an_error(bad: float, temperature: float) -> None:
+    row = np.array([[1, bad, 2]], np.float32)
+    with pytest.raises(FloatingPointError):
+        sampled(row, reset(SamplingParams(temperature=temperature), [0]))
+
+
+def test_uniform_numbers() -> None:
+    """Fixed values (they decide what a seed means from release to release), range, and even spread."""
+    values = uniform_numbers(np.array([0, 0, 1, 2**64 - 1], np.uint64), np.array([0, 1, 0, 0]))
+    assert values.tolist() == [split_mix(0, 0), split_mix(0, 1), split_mix(1, 0), split_mix(2**64 - 1, 0)]
+    assert values.tolist() == [0.6524484863740322, 0.7012121095215252, 0.36818951565166946, 0.3662420901697574]
+    many = uniform_numbers(np.arange(100_000, dtype=np.uint64), np.zeros(100_000, np.int64))
+    assert many.min() >= 0
+    assert many.max() < 1
+    assert scipy.stats.kstest(many, "uniform").pvalue > 0.01
+    one = uniform_numbers(np.full(100_000, 7, np.uint64), np.arange(100_000))
+    assert scipy.stats.kstest(one, "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(many, one)[0, 1]) < 0.01
+
+
+@given(st.integers(1, 3000), st.data())
+def test_best_tokens_are_those_of_a_stable_sort(vocab: int, data: st.DataObject) -> None:
+    few_values = np.random.default_rng(vocab).integers(0, data.draw(st.sampled_from([2, 50, 10**6])), vocab)
+    row = few_values.astype(np.float32)
+    row[: data.draw(st.integers(0, vocab))] = -np.inf
+    count = data.draw(st.integers(1, vocab) | st.integers(1, min(vocab, 12)))
+    assert best_tokens(row, count).tolist() == np.argsort(-row, kind="stable")[:count].tolist()
+
+
+def test_logprobs_of_known_tokens() -> None:
+    logits = random_logits(5, 3000, seed=3)
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+    targets = np.array([0, 7, 2999, 7, 100], np.int32)
+    known, ids, values = token_logprobs(logits, targets, 4)
+    np.testing.assert_allclose(known, expected[np.arange(5), targets], atol=1e-5)
+    assert ids.tolist() == np.argsort(-expected, axis=1)[:, :4].tolist()
+    np.testing.assert_allclose(values, np.take_along_axis(expected, ids.astype(np.int64), 1), atol=1e-5)
+
+
+def test_logprobs_are_of_raw_logits_and_only_for_rows_that_ask() -> None:
+    logits = random_logits(4, 50, seed=1)
+    asks = [{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 3}, {"top_logprobs": 1}]
+    sampler, seats = Sampler(SEATS, 50), np.arange(4, dtype=np.int32)
+    for seat, ask in enumerate(asks):
+        sampler.reset(reset(SamplingParams(temperature=2.0, top_k=5, presence_penalty=2.0, **ask), [1], [2], seat))
+    tokens = sampler.sample(logits, seats)
+    chosen, ids, best = sampler.logprobs(logits, seats, tokens)
+    expected = torch.log_softmax(torch.tensor(logits), -1).numpy()
+    np.testing.assert_allclose(chosen[1:], expected[np.arange(1, 4), tokens[1:]], atol=1e-5)
+    assert ids.shape == best.shape == (4, 3)
+    assert np.isnan(chosen).tolist() == [True, False, False, False]
+    assert np.isnan(best).sum(axis=1).tolist() == [3, 3, 0, 2]
+    assert ids[2].tolist() == np.argsort(-logits[2])[:3].tolist()
+    assert ids[3, 0] == logits[3].argmax()
+    nobody = sampler.logprobs(logits[:1], seats[:1], tokens[:1])
+    assert [array.size for array in nobody] == [0, 0, 0]
+
+
+@given(st.lists(st.integers(0, 30)), st.lists(st.integers(0, 30)), st.lists(st.integers(0, 30)))
+def test_token_counts(prompt: list[int], output: list[int], later: list[int]) -> None:
+    counts = TokenCounts(np.array(prompt, np.int32), np.array(output, np.int32))
+    for token in later:
+        counts.add(token)
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=0.5)
+    row = random_logits(1, 31, seed=2)[0]
+    expected = row.copy()
+    for token in {*prompt, *output, *later}:
+        expected[token] *= 1.5 if row[token] < 0 else 1 / 1.5
+    for token, count in Counter(output + later).items():
+        expected[token] -= 0.25 * count + 0.5
+    counts.penalize(row, params)
+    np.testing.assert_allclose(row, expected, rtol=1e-5)
