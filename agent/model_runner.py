@@ -55,7 +55,6 @@ class ModelRunner:
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
-        ms.runtime.set_cpu_affinity(False)
         self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         self._prefill, self._decode = load_graphs(folder, self.manifest, self._library, cache_dtype)
         share_weights(self._prefill, self._decode)

