@@ -24,6 +24,7 @@ STATUS_TEXTS = {
     404: "there is nothing at this path; /docs lists what there is",
     405: "this path does not take this method",
 }
+FIELD_NAMES = {"prompt": "inputs", "messages": "inputs"}  # the server's names → those of these routes
 INTERNAL = "the server could not finish this request; its log says why under request id {}"
 
 
@@ -60,7 +61,9 @@ def problem_of(error: Exception, request_id: str) -> Problem:
             return Problem(status=500, message=INTERNAL.format(request_id))
         case ServingError():
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded | NotServing) else {}
-            return Problem(status=error.status, message=error.message, field=error.field, headers=headers)
+            name = None if error.field is None else FIELD_NAMES.get(error.field, error.field)
+            message = error.message if name is None else f"{name}: {error.message}"
+            return Problem(status=error.status, message=message, field=name, headers=headers)
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():
@@ -81,16 +84,21 @@ async def _respond(request: Request, error: Exception) -> Response:
 
 
 def _invalid(error: RequestValidationError) -> Problem:
-    """The first thing that is wrong with a body, by the name that the client knows."""
+    """The first thing that is wrong with a request, by the name that the client knows."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(
             status=400, message=f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
         )
-    names = [part for part in first["loc"] if isinstance(part, str) and part not in ("body", "query", "parameters")]
-    name = names[0] if names else str(first["loc"][-1])
-    if first["type"] == "extra_forbidden":
-        message = "is not a field of this request"
-    else:
-        message = first["msg"][0].lower() + first["msg"][1:]
-    return Problem(status=422, message=f"{name}: {message}", field=name)
+    name = _field_name(first["loc"])
+    known = first["type"] != "extra_forbidden"
+    message = first["msg"][0].lower() + first["msg"][1:] if known else "is not a field of this request"
+    return Problem(status=422, message=f"{name or 'the body'}: {message}", field=name)
+
+
+def _field_name(place: tuple[int | str, ...]) -> str | None:
+    """``("body", "parameters", "stop", 2)`` → ``stop``; None is the body itself."""
+    names = [part for part in place[1:] if isinstance(part, str)]
+    if names[:1] == ["parameters"] and len(names) > 1:
+        names = names[1:]
+    return names[0] if names else None

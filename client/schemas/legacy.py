@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from agent.protocol import SamplingParams
+from client.schemas.details import Details
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import GenerationParams
@@ -97,9 +98,9 @@ class _LenientBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_says_nothing(cls, body: object) -> object:
+    def _drop_what_says_nothing(cls, body: object) -> dict[str, object]:
         if not isinstance(body, dict):
-            return body
+            raise PydanticCustomError("object", "must be a JSON object")
         known = cls.model_fields
         return {
             name: value
@@ -198,3 +199,10 @@ class LegacyRequest(_LenientBody):
     inputs: str = Field(min_length=1, description="the prompt")
     stream: Flag = Field(False, description="stream the answer; only POST /models/M reads this")
     parameters: LegacyParameters = LegacyParameters()
+
+
+class LegacyAnswer(BaseModel):
+    """A full answer. ``details`` stands there only if asked for."""
+
+    generated_text: str
+    details: Details | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -21,7 +20,7 @@ TRACEBACK_MARK = "    | "
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-class LineFormatter(logging.Formatter):
+class EscapedFormatter(logging.Formatter):
     """Time, level, logger and message in one line; a traceback follows on marked lines of its own."""
 
     def __init__(self) -> None:
@@ -43,19 +42,25 @@ def escape(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def open_log(settings: LoggingConfig, file_name: str, console_level: int = logging.WARNING) -> Path:
-    """Send this process's log to ``file_name`` in the logging folder, and to stderr from ``console_level`` on.
+def log_to_file(settings: LoggingConfig, name: str) -> None:
+    """Send this process's log to ``<folder>/<name>.log``; the folder is made if it is not there.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    path = Path(settings.folder) / file_name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
-    console = logging.StreamHandler(sys.stderr)
-    console.setLevel(console_level)
-    for handler in (file, console):
-        handler.setFormatter(LineFormatter())
-        logging.root.addHandler(handler)
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _add(RotatingFileHandler(folder / f"{name}.log", maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"))
     logging.root.setLevel(settings.level.upper())
-    return path
+
+
+def log_to_console(level: int = logging.WARNING) -> None:
+    """Send what is at least as grave as ``level`` to standard error too."""
+    console = logging.StreamHandler()
+    console.setLevel(level)
+    _add(console)
+
+
+def _add(handler: logging.Handler) -> None:
+    handler.setFormatter(EscapedFormatter())
+    logging.root.addHandler(handler)

@@ -1,0 +1,124 @@
+"""All models of one deployment as the routes see them: by served name, ready or not, until the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from agent.protocol import SamplingParams
+from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
+from server.errors import NotServing, UnknownModel
+from server.llm_server import LLMServer
+from server.metrics import Metrics
+from server.request import GenerationParams
+from server.request_stream import RequestStream
+
+WARM_UP_PROMPT = "test"
+WARM_UP_TOKENS = 3
+
+
+class ServedModel:
+    """One model's LLMServer, and the prompts of its served names."""
+
+    def __init__(self, model: ModelConfig, config: ServingConfig, metrics: Metrics) -> None:
+        self.config = model
+        self.server = LLMServer(model, config, metrics)
+        self.warm = False
+
+    @property
+    def agents(self) -> str:
+        """Where its agents are, for messages: ``127.0.0.1:9821, 9822``."""
+        return f"{self.config.agent_host}:{', '.join(map(str, self.config.agent_ports))}"
+
+    @property
+    def ready(self) -> bool:
+        """It has answered its first prompt, and its agents answer still."""
+        return self.warm and self.server.ready
+
+    async def start(self) -> None:
+        """Connect to the agents, however long they take, and let them generate a first time."""
+        await self.server.start()
+        params = GenerationParams(sampling=SamplingParams(), max_new_tokens=WARM_UP_TOKENS)
+        stream = await self._submit(self.config.names[0], WARM_UP_PROMPT, params, "warm-up")
+        await stream.collect()
+        self.warm = True
+
+    async def submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
+        """Queue ``text``, in the prompt template of ``name`` if it has one.
+
+        Raises:
+            ServingError: the request is refused, before anything is queued.
+        """
+        if not self.warm:
+            raise NotServing(f"{name} is not ready yet: it waits for its agents at {self.agents}")
+        return await self._submit(name, text, params, request_id)
+
+    def token(self, token_id: int) -> tuple[str, bool]:
+        """A token's own text, and whether it is special: leaves no trace in an answer."""
+        tokenizer = self.server.tokenizer
+        return tokenizer.token_text(token_id), tokenizer.is_special(token_id)
+
+    async def _submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
+        template = self.config.prompt_template(name)
+        if template == CHAT_TEMPLATE:
+            text = self.server.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+            params = dataclasses.replace(params, add_special_tokens=False)  # the template writes them out
+        elif template is not None:
+            text = template.replace("{prompt}", text)
+        return await self.server.submit(text, params, request_id)
+
+
+class Deployment:
+    """The models of one configuration.
+
+    Raises:
+        ManifestError, TokenizerError: a model's folder cannot be used.
+    """
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.models = tuple(ServedModel(model, config, self.metrics) for model in config.models)
+        self._by_name = {name: model for model in self.models for name in model.config.names}
+        self.draining = False
+        self._starting: asyncio.Future[list[None]] | None = None
+
+    def model(self, name: str) -> ServedModel:
+        """The model that answers to ``name``.
+
+        Raises:
+            UnknownModel: none does.
+        """
+        if name not in self._by_name:
+            raise UnknownModel(f"this model is not served; served are: {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def check_ready(self) -> None:
+        """Whether every agent has answered a step lately.
+
+        Raises:
+            NotServing: some have not, or the deployment is stopping; the message says which.
+        """
+        if self.draining:
+            raise NotServing("the server is shutting down")
+        waiting = [model for model in self.models if not model.ready]
+        if waiting:
+            where = "; ".join(f"{', '.join(model.config.names)}: agents at {model.agents}" for model in waiting)
+            raise NotServing(f"waiting for {where}")
+
+    async def start(self) -> None:
+        """Start all models, side by side; returns when each has answered its first prompt.
+
+        Raises:
+            AgentsRefused: a model's agents are there and cannot serve it.
+            GenerationFailed: they cannot answer a first prompt.
+        """
+        self._starting = asyncio.gather(*(model.start() for model in self.models))
+        await self._starting
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Take no new requests, let the running ones finish within ``drain_seconds``, then end them."""
+        self.draining = True
+        if self._starting:
+            self._starting.cancel()
+        await asyncio.gather(*(model.server.stop(drain_seconds) for model in self.models))

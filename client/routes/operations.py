@@ -1,0 +1,81 @@
+"""What an operator asks: is it alive, is it ready, how full is it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from sse_starlette.sse import EventSourceResponse
+from starlette.responses import Response
+
+from client.deployment import Deployment, ServedModel
+from client.routes.errors import documented
+from client.routes.legacy_formats import PING_SECONDS, event
+
+router = APIRouter(tags=["operations"])
+
+ONE_EVENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'data: {"event": "message", "retry": 30000, "data": 0}\r\n\r\n',
+            }
+        }
+    },
+    **documented(404),
+}
+
+
+async def _deployment(request: Request) -> Deployment:
+    deployment: Deployment = request.app.state.deployment
+    return deployment
+
+
+Served = Annotated[Deployment, Depends(_deployment)]
+OneModel = Annotated[str | None, Query(description="a served name; left out: all models together")]
+
+
+@router.get("/serving/get_bs", response_class=Response, responses=ONE_EVENT)
+async def get_bs(deployment: Served, model: OneModel = None) -> Response:
+    """The current batch size, as one server-sent event."""
+    return _total(deployment, model, lambda served: served.server.batch_size)
+
+
+@router.get("/serving/get_request_numbers", response_class=Response, responses=ONE_EVENT)
+async def get_request_numbers(deployment: Served, model: OneModel = None) -> Response:
+    """The number of requests that wait in the queue, as one server-sent event."""
+    return _total(deployment, model, lambda served: served.server.num_waiting)
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready", responses=documented(503))
+@router.get("/health", responses=documented(503))
+async def ready(deployment: Served) -> dict[str, str]:
+    """Every agent of every model has answered a step lately, and the server is not shutting down."""
+    deployment.check_ready()
+    return {"status": "ready"}
+
+
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
+async def metrics(deployment: Served) -> Response:
+    """Prometheus text."""
+    return Response(deployment.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+
+def _total(deployment: Deployment, name: str | None, number: Callable[[ServedModel], int]) -> Response:
+    models = deployment.models if name is None else (deployment.model(name),)
+    content = event(sum(map(number, models)))
+
+    async def events() -> AsyncIterator[str]:
+        yield content
+
+    return EventSourceResponse(events(), ping=PING_SECONDS)
