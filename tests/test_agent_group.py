@@ -1,0 +1,189 @@
+"""Connections to real agents: waiting for them, agreeing with them, losing them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from serving_processes import ROOT, Serving, free_ports, standin_deployment
+
+from agent.protocol import StepPlan, pack_ints
+from config.manifest import Capabilities, Manifest, read_manifest, write_manifest
+from config.serving_config import ModelConfig, ServingConfig, load
+from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed
+from server.step_plan import make_probe
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Two ranks of the stand-in; each computes the whole model."""
+    folder = tmp_path_factory.mktemp("group")
+    config = two_ranks(folder)
+    config.start_agents()
+    yield config
+    config.stop()
+
+
+def two_ranks(folder: Path) -> Serving:
+    return standin_deployment(folder, [{"agent_ports": free_ports(RANKS)}])
+
+
+def group(config: ServingConfig, model: ModelConfig | None = None, manifest: Manifest | None = None) -> AgentGroup:
+    model = model or config.models[0]
+    return AgentGroup(model, manifest or read_manifest(model.path), config.secret_path(config.models[0]))
+
+
+def test_all_ranks_answer_a_plan(deployment: Serving) -> None:
+    async def main() -> None:
+        agents = group(load(deployment.config_path))
+        assert not agents.connected
+        hello = await agents.connect()
+        assert (hello.rank, hello.world_size, hello.model) == (0, RANKS, "standin")
+        assert agents.connected
+        agents.send(make_probe())
+        output = await agents.receive(make_probe())
+        assert len(output.token_ids) == 4
+        await agents.close()
+        assert not agents.connected
+
+    asyncio.run(main())
+
+
+def test_a_plan_that_cannot_be_run_names_the_agent_and_leaves_it_serving(deployment: Serving) -> None:
+    async def main() -> None:
+        config = load(deployment.config_path)
+        agents = group(config)
+        await agents.connect()
+        bad: StepPlan = msgspec.structs.replace(make_probe(), token_ids=pack_ints([-1]))
+        agents.send(bad)
+        with pytest.raises(StepFailed, match=f":{config.models[0].agent_ports[0]}.*token_ids"):
+            await agents.receive(bad)
+        agents.send(make_probe())
+        await agents.receive(make_probe())
+        await agents.close()
+
+    asyncio.run(main())
+
+
+def test_agents_of_another_model_are_refused(deployment: Serving) -> None:
+    config = load(deployment.config_path)
+    model = config.models[0]
+    other = msgspec.structs.replace(read_manifest(model.path), context_length=77)
+    turned = msgspec.structs.replace(model, agent_ports=tuple(reversed(model.agent_ports)))
+    alone = msgspec.structs.replace(model, agent_ports=model.agent_ports[:1])
+
+    async def main() -> None:
+        for agents, reason in (
+            (group(config, manifest=other), "another export of standin"),
+            (group(config, turned), "is rank 1 of 2; the configuration makes it rank 0"),
+            (group(config, alone), "is rank 0 of 2; the configuration makes it rank 0 of 1"),
+        ):
+            with pytest.raises(AgentsRefused, match=reason):
+                await agents.connect()
+            assert not agents.connected
+            await agents.close()
+
+    asyncio.run(main())
+
+
+async def probe_for_ever(agents: AgentGroup) -> None:
+    while True:
+        agents.send(make_probe())
+        await agents.receive(make_probe())
+
+
+def test_it_waits_and_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    deployment = two_ranks(tmp_path)
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        config = load(deployment.config_path)
+        secret = config.secret_path(config.models[0])
+        agents = group(config)
+        connecting = asyncio.create_task(agents.connect())
+        await logged(caplog, "secret file")
+        secret.parent.mkdir(exist_ok=True)
+        secret.write_bytes(b"x" * 32)
+        await logged(caplog, str(config.models[0].agent_ports[0]))
+        await asyncio.to_thread(deployment.start_agents)
+        assert (await connecting).world_size == RANKS
+        await agents.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        deployment.stop()
+    waits = [record for record in caplog.messages if "waiting for the agents" in record]
+    assert len(waits) <= 6, "a reason is logged once, not at every attempt"
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """Wait until something was logged."""
+    for _ in range(3000):
+        if text in caplog.text:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail(f"not logged within 30 s: {text}")
+
+
+def test_with_a_wrong_secret_nothing_is_said(
+    deployment: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        model = load(deployment.config_path).models[0]
+        secret = tmp_path / "secret"
+        secret.write_bytes(b"not the secret of these agents..")
+        agents = AgentGroup(model, read_manifest(model.path), secret)
+        connecting = asyncio.create_task(agents.connect())
+        await logged(caplog, "has it the same secret file")
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        await agents.close()
+
+    asyncio.run(main())
+
+
+def test_a_dead_rank_loses_the_group_and_a_new_one_is_found(deployment: Serving) -> None:
+    async def main() -> None:
+        agents = group(load(deployment.config_path))
+        pid = (await agents.connect()).pid
+        psutil.Process(pid).kill()
+        with pytest.raises(AgentsLost):
+            await probe_for_ever(agents)
+        assert not agents.connected
+        assert (await agents.connect()).pid != pid
+        agents.send(make_probe())
+        await agents.receive(make_probe())
+        await agents.close()
+
+    asyncio.run(main())
+
+
+def test_graphs_that_cannot_mix_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "config/standin", model)
+    manifest = msgspec.structs.replace(read_manifest(model), capabilities=Capabilities(mixed_steps=False))
+    write_manifest(model, manifest)
+    deployment = standin_deployment(tmp_path, [{"path": str(model)}])
+
+    async def main() -> None:
+        agents = group(load(deployment.config_path))
+        with pytest.raises(AgentsRefused, match="cannot mix prompts"):
+            await agents.connect()
+        await agents.close()
+
+    try:
+        deployment.start_agents()
+        asyncio.run(main())
+    finally:
+        deployment.stop()
