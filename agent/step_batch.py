@@ -7,10 +7,8 @@ the model and the limits of the agent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agent.protocol import Ints, SeatReset, StepPlan, ints
 
@@ -62,20 +60,20 @@ def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampli
     Raises:
         PlanError: a number is out of range, or two fields do not fit together.
     """
-    try:
-        rows = ints(plan.query_lens).size
-        batch = StepBatch(
-            token_ids=ints(plan.token_ids),
-            positions=ints(plan.positions),
-            slot_mapping=ints(plan.slot_mapping),
-            block_tables=ints(plan.block_tables).reshape(rows, -1),
-            query_lens=ints(plan.query_lens),
-            context_lens=ints(plan.context_lens),
-            logits_indices=ints(plan.logits_indices),
-        )
-        seats, sampled_rows, targets = ints(plan.seats), ints(plan.sampled_rows), ints(plan.prompt_targets)
-    except ValueError as error:
-        raise PlanError(f"the plan's arrays do not fit together: {error}") from None
+    query_lens, tables = _numbers("query_lens", plan.query_lens), _numbers("block_tables", plan.block_tables)
+    rows = query_lens.size
+    _require(rows > 0 and tables.size % rows == 0, f"block_tables: {tables.size} numbers do not fit {rows} rows")
+    batch = StepBatch(
+        token_ids=_numbers("token_ids", plan.token_ids),
+        positions=_numbers("positions", plan.positions),
+        slot_mapping=_numbers("slot_mapping", plan.slot_mapping),
+        block_tables=tables.reshape(rows, -1),
+        query_lens=query_lens,
+        context_lens=_numbers("context_lens", plan.context_lens),
+        logits_indices=_numbers("logits_indices", plan.logits_indices),
+    )
+    seats, sampled_rows = _numbers("seats", plan.seats), _numbers("sampled_rows", plan.sampled_rows)
+    targets = _numbers("prompt_targets", plan.prompt_targets)
     _check_batch(batch, shapes)
     _require(seats.size == rows, "seats: not one for each row")
     _check_range("seats", seats, 0, shapes.max_num_seqs)
@@ -122,15 +120,18 @@ def _check_reset(reset: SeatReset, shapes: StepShapes) -> None:
     _require(
         0 <= reset.seat < shapes.max_num_seqs, f"resets: seat {reset.seat} is outside 0 … {shapes.max_num_seqs - 1}"
     )
-    for name, ids in (
-        ("prompt_ids", ints(reset.prompt_ids)),
-        ("output_ids", ints(reset.output_ids)),
-        ("end_token_ids", np.array(reset.params.end_token_ids, np.int64)),
-    ):
-        _check_range(f"resets: {name}", ids, 0, shapes.vocab_size)
+    _check_range("resets: prompt_ids", _numbers("resets: prompt_ids", reset.prompt_ids), 0, shapes.vocab_size)
+    _check_range("resets: output_ids", _numbers("resets: output_ids", reset.output_ids), 0, shapes.vocab_size)
+    ends = reset.params.end_token_ids
+    _require(all(0 <= token < shapes.vocab_size for token in ends), f"resets: end_token_ids: {ends} hold no tokens")
 
 
-def _check_range(name: str, values: NDArray[np.integer[Any]], low: int, end: int) -> None:
+def _numbers(name: str, data: bytes) -> Ints:
+    _require(len(data) % 4 == 0, f"{name}: {len(data)} bytes are no int32 numbers")
+    return ints(data)
+
+
+def _check_range(name: str, values: Ints, low: int, end: int) -> None:
     """All ``values`` in [low, end)."""
     if values.size and (values.min() < low or values.max() >= end):
         bad = values[(values < low) | (values >= end)].flat[0]
