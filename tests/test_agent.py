@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import numpy as np
 import psutil
 import pytest
 from agent_client import AgentClient, attached
-from serving_processes import Serving, standin_deployment
+from serving_processes import Serving, free_ports, standin_deployment
 from step_plans import PlanRow, Sequenced, make_plan
 
 from agent.agent import Agent
 from agent.arithmetic_model import BEGIN, END, ArithmeticModel, answer
-from agent.listener import MAX_HANDSHAKES
+from agent.listener import MAX_HANDSHAKES, Listener
 from agent.protocol import (
     GREETING,
     HEADER,
@@ -248,23 +247,46 @@ def test_a_frame_that_is_not_authentic_ends_the_connection(agent: RunningAgent) 
         assert client.is_closed()
 
 
-def test_it_finishes_its_step_when_told_to_stop(tmp_path: Path) -> None:
-    running = start(tmp_path, step_seconds=1.0)
-    try:
-        with running.connect() as client:
-            pid = client.attach().pid
-            request = prompt("hi")
-            client.send(make_plan([request.row()], resets=[request.reset()]))
-            os.kill(pid, signal.SIGTERM)
-            output = client.receive()
-            assert isinstance(output, StepOutput)
-            assert ints(output.token_ids).tolist() == [ord("d")]
-            assert 1.0 <= output.device_seconds <= output.step_seconds
-            assert client.is_closed()
-        assert running.deployment.agents
-        running.deployment.agents.wait_for("exited with code 0")
-    finally:
-        running.deployment.stop()
+class PausingModel(ArithmeticModel):
+    """Waits in the middle of a step until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__(FOLDER, cache_bytes=1 << 16)
+        self.working, self.resume = threading.Event(), threading.Event()
+
+    def run(self, batch: StepBatch) -> Floats:
+        self.working.set()
+        assert self.resume.wait(30)
+        return super().run(batch)
+
+
+def test_it_finishes_its_step_when_told_to_stop() -> None:
+    model, [port] = PausingModel(), free_ports(1)
+    listener = Listener("127.0.0.1", port, b"s" * 32)
+    agent = Agent(model, LimitsConfig(), rank=0, world_size=1)
+    serving = threading.Thread(target=agent.serve, args=(listener,))
+    serving.start()
+    with AgentClient(port, b"s" * 32) as client:
+        client.attach()
+        request = prompt("hi")
+        client.send(make_plan([request.row()], resets=[request.reset()]))
+        assert model.working.wait(30)
+        listener.close()  # what SIGTERM does
+        model.resume.set()
+        output = client.receive()
+        assert isinstance(output, StepOutput)
+        assert ints(output.token_ids).tolist() == [ord("d")]
+        assert client.is_closed()
+    serving.join(30)
+    assert not serving.is_alive()
+
+
+def test_times_of_a_step() -> None:
+    agent = Agent(ArithmeticModel(FOLDER, cache_bytes=1 << 16, step_seconds=0.1), LimitsConfig(), rank=0, world_size=1)
+    request = prompt("hi")
+    output = agent.answer(make_plan([request.row()], resets=[request.reset()]))
+    assert isinstance(output, StepOutput)
+    assert 0.1 <= output.device_seconds <= output.step_seconds
 
 
 class FailingModel(ArithmeticModel):
