@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -98,10 +99,10 @@ class AgentGroup:
             raise AgentsLost("there is no connection to the agents")
         ranks = [self._agents[port] for port in self._model.agent_ports]
         try:
-            answers = await asyncio.gather(*(agent.receive() for agent in ranks))
-        except (OSError, EOFError) as error:
+            answers = await asyncio.gather(*(agent.answer() for agent in ranks))
+        except AgentsLost:
             await self.close()
-            raise AgentsLost(str(error)) from None
+            raise
         outputs: list[StepOutput] = []
         for agent, answer in zip(ranks, answers, strict=True):
             if isinstance(answer, StepError):
@@ -124,11 +125,7 @@ class AgentGroup:
         Raises:
             OSError: it is not there, or not one of ours; the message names it.
         """
-        address = f"{self._model.agent_host}:{port}"
-        try:
-            secret = self._secret_path.read_bytes()
-        except OSError as error:
-            raise OSError(f"the secret file {self._secret_path} cannot be read: {error.strerror}") from None
+        address, secret = f"{self._model.agent_host}:{port}", self._read_secret()
         try:
             attaching = _Agent.attach(self._model.agent_host, port, secret)
             self._agents[port] = await asyncio.wait_for(attaching, ATTACH_SECONDS)
@@ -138,6 +135,16 @@ class AgentGroup:
             raise OSError(f"the agent at {address} closes the connection; has it the same secret file?") from None
         except OSError as error:
             raise OSError(f"the agent at {address}: {error.strerror or error}") from None
+
+    def _read_secret(self) -> bytes:
+        """The secret that the agents of now have: each start of theirs writes a new one."""
+        try:
+            secret = self._secret_path.read_bytes()
+        except OSError as error:
+            raise OSError(f"the secret file {self._secret_path} cannot be read: {error.strerror}") from None
+        if not 0 < len(secret) <= hashlib.blake2b.MAX_KEY_SIZE:
+            raise OSError(f"the secret file {self._secret_path} holds {len(secret)} bytes, which is no secret of ours")
+        return secret
 
     def _agree(self, hellos: Sequence[Hello]) -> Hello:
         """Check the greetings against the manifest and each other."""
@@ -190,12 +197,22 @@ class _Agent:
         self._writer.write(self._channel.seal(message))
 
     async def receive(self) -> Message:
-        try:
-            header = await self._reader.readexactly(HEADER.size)
-            payload = await self._reader.readexactly(self._channel.payload_size(header))
-        except asyncio.IncompleteReadError:
-            raise EOFError(f"the agent at {self.address} closed the connection") from None
+        header = await self._reader.readexactly(HEADER.size)
+        payload = await self._reader.readexactly(self._channel.payload_size(header))
         return self._channel.unseal(header, payload)
+
+    async def answer(self) -> Message:
+        """The answer to a plan.
+
+        Raises:
+            AgentsLost: the connection broke; the message names the agent.
+        """
+        try:
+            return await self.receive()
+        except asyncio.IncompleteReadError:
+            raise AgentsLost(f"the agent at {self.address} closed the connection") from None
+        except OSError as error:
+            raise AgentsLost(f"the agent at {self.address}: {error.strerror or error}") from None
 
     async def close(self) -> None:
         self._writer.close()

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from server.block_manager import BlockManager
 from server.request import FinishReason, Request, Status
@@ -27,8 +28,7 @@ from server.request import FinishReason, Request, Status
 MAX_PROMPT_LOGITS = 256  # positions of a step: the logits of [positions, vocabulary] are large
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One request's share of a step: its tokens from ``start`` to ``start + num_new_tokens``."""
 
     request: Request

@@ -93,15 +93,17 @@ class StepLoop:
         while True:
             step: Step | None = None
             try:
+                if not self._agents.connected:
+                    await self._reconnect()
                 step = self._scheduler.schedule()
                 await (self._run_step(step) if step else self._idle())
             except AgentsLost as error:
-                await self._reconnect(error)
+                _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
             except StepFailed as error:
                 _log.error("%s", error)
                 self._fail(step)
             except Exception:
-                # The connection may be between two messages: closed, it is made anew by the next step.
+                # The connection may be between two messages, so a new one is made.
                 _log.exception("step %s raised", step.step_id if step else "planning")
                 self._fail(step)
                 await self._agents.close()
@@ -205,12 +207,11 @@ class StepLoop:
                 where = f"the server's log says why, under request {request.request_id}"
                 answer.fail(GenerationFailed(f"the answer could not be finished; {where}"))
 
-    async def _reconnect(self, error: AgentsLost) -> None:
+    async def _reconnect(self) -> None:
         """Wait for the agents to come back; what was running is recomputed then, to the same tokens."""
         self._metrics.connections_lost.inc()
         self.batch_size = 0
         self._scheduler.requeue()
-        _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
         while True:
             try:
                 hello = await self._agents.connect()

@@ -15,14 +15,14 @@ from server.scheduler import Row, Step
 def make_plan(step: Step, block_size: int) -> StepPlan:
     """Flatten the rows of ``step`` one after another; shapes and order as in ``StepPlan``."""
     rows = step.rows
-    query_lens = np.fromiter((row.num_new_tokens for row in rows), np.int32, len(rows))
-    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    query_lens = np.array([row.num_new_tokens for row in rows], np.int32)
+    starts = np.array([row.start for row in rows], np.int32)
     tables = _padded_tables(rows)  # [R, M]
     ends = np.cumsum(query_lens, dtype=np.int32)  # [R]
     row_of_token = np.repeat(np.arange(len(rows)), query_lens)  # [T]
     positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - (ends - query_lens), query_lens)  # [T]
     blocks = tables[row_of_token, positions // block_size]
-    sampled = np.flatnonzero(np.fromiter((row.samples for row in rows), np.bool_, len(rows)))
+    sampled = np.flatnonzero([row.samples for row in rows])
     prompt_indices, prompt_targets = _prompt_logits(rows, ends - query_lens)
     return StepPlan(
         step_id=step.step_id,
@@ -72,12 +72,11 @@ def _new_tokens(row: Row) -> list[int]:
 
 def _padded_tables(rows: tuple[Row, ...]) -> Ints:
     """The rows' block tables, ``[R, M]``, padded with the null block."""
-    lengths = np.fromiter((len(row.request.block_table) for row in rows), np.int32, len(rows))
-    tables = np.full((len(rows), int(lengths.max())), NULL_BLOCK, np.int32)
-    tables[np.arange(tables.shape[1]) < lengths[:, None]] = np.fromiter(
-        chain.from_iterable(row.request.block_table for row in rows), np.int32, int(lengths.sum())
-    )
-    return tables
+    tables = [row.request.block_table for row in rows]
+    lengths = np.array([len(table) for table in tables], np.int32)
+    padded = np.full((len(tables), int(lengths.max())), NULL_BLOCK, np.int32)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = list(chain.from_iterable(tables))
+    return padded
 
 
 def _prompt_logits(rows: tuple[Row, ...], firsts: Ints) -> tuple[list[int], list[int]]:

@@ -111,6 +111,8 @@ def test_it_waits_and_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
         connecting = asyncio.create_task(agents.connect())
         await logged(caplog, "secret file")
         secret.parent.mkdir(exist_ok=True)
+        secret.write_bytes(b"")
+        await logged(caplog, "no secret of ours")
         secret.write_bytes(b"x" * 32)
         await logged(caplog, str(config.models[0].agent_ports[0]))
         await asyncio.to_thread(deployment.start_agents)

@@ -1,0 +1,191 @@
+"""The step loop against an agent that misbehaves on purpose: a scripted peer on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+from serving_processes import ROOT, standin_deployment
+
+from agent.protocol import (
+    GREETING,
+    HEADER,
+    Attach,
+    Channel,
+    Hello,
+    Message,
+    StepError,
+    StepOutput,
+    StepPlan,
+    ints,
+    pack_ints,
+)
+from config.manifest import read_manifest
+from config.serving_config import load
+from server.errors import GenerationFailed
+from server.llm_server import LLMServer
+from server.request import GenerationParams
+from server.request_stream import Increment
+
+SECRET = b"a secret of thirty-two bytes ..."
+MANIFEST = read_manifest(ROOT / "config/standin")
+HELLO = Hello(
+    model=MANIFEST.name,
+    target=MANIFEST.target,
+    rank=0,
+    world_size=1,
+    manifest_digest=MANIFEST.digest(),
+    num_blocks=100,
+    block_size=MANIFEST.block_size,
+    vocab_size=MANIFEST.vocab_size,
+    context_length=MANIFEST.context_length,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    capabilities=MANIFEST.capabilities,
+    cache_dtype="int32",
+    pid=os.getpid(),
+)
+
+
+def letters(plan: StepPlan) -> StepOutput:
+    """A right answer: the letter a for every row."""
+    return StepOutput(step_id=plan.step_id, token_ids=pack_ints([ord("a")] * ints(plan.sampled_rows).size))
+
+
+@dataclass
+class ScriptedAgent:
+    """Greets with ``hellos`` (the last one again and again) and answers plans with ``replies``, then rightly.
+
+    A reply of None closes the connection.
+    """
+
+    hellos: list[Hello] = field(default_factory=lambda: [HELLO])
+    replies: list[Callable[[StepPlan], Message | None]] = field(default_factory=list)
+    connections: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel = Channel(SECRET, "agent")
+        self.connections += 1
+        hello = self.hellos.pop(0) if len(self.hellos) > 1 else self.hellos[0]
+
+        async def receive() -> Message:
+            header = await reader.readexactly(HEADER.size)
+            return channel.unseal(header, await reader.readexactly(channel.payload_size(header)))
+
+        try:
+            writer.write(channel.greeting)
+            channel.agree(await reader.readexactly(GREETING.size))
+            assert isinstance(await receive(), Attach)
+            writer.write(channel.seal(hello))
+            while True:
+                plan = await receive()
+                assert isinstance(plan, StepPlan)
+                reply = (self.replies.pop(0) if self.replies else letters)(plan)
+                if reply is None:
+                    return
+                writer.write(channel.seal(reply))
+        except asyncio.IncompleteReadError:
+            return  # the server has gone
+        finally:
+            writer.close()
+
+
+def run(folder: Path, agent: ScriptedAgent, main: Callable[[LLMServer], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        listener = await asyncio.start_server(agent.serve, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        secret = folder / "secret"
+        secret.write_bytes(SECRET)
+        deployment = standin_deployment(folder, [{"agent_ports": [port], "secret_file": str(secret)}])
+        config = load(deployment.config_path)
+        server = LLMServer(config.models[0], config)
+        try:
+            await server.start()
+            await main(server)
+        finally:
+            await server.stop()
+            listener.close()
+            await listener.wait_closed()
+
+    asyncio.run(whole())
+
+
+async def generate(server: LLMServer) -> Increment:
+    return await (await server.submit("hi", GenerationParams(max_new_tokens=5))).collect()
+
+
+async def fails(server: LLMServer) -> None:
+    with pytest.raises(GenerationFailed, match="under request"):
+        await generate(server)
+
+
+def test_a_step_error_ends_the_request_and_keeps_the_connection(tmp_path: Path) -> None:
+    agent = ScriptedAgent(replies=[letters, lambda plan: StepError(step_id=plan.step_id, message="no")])
+
+    async def main(server: LLMServer) -> None:
+        await fails(server)
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 1
+
+    run(tmp_path, agent, main)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        pytest.param(lambda plan: StepOutput(step_id=plan.step_id, token_ids=b""), id="too few tokens"),
+        pytest.param(lambda plan: StepOutput(step_id=plan.step_id, token_ids=b"abc"), id="not numbers"),
+    ],
+)
+def test_an_answer_that_cannot_be_taken_over_ends_the_request(
+    tmp_path: Path, reply: Callable[[StepPlan], StepOutput]
+) -> None:
+    agent = ScriptedAgent(replies=[letters, reply])
+
+    async def main(server: LLMServer) -> None:
+        await fails(server)
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 2, "what else is on that connection is not known"
+
+    run(tmp_path, agent, main)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        pytest.param(lambda plan: None, id="closed"),
+        pytest.param(lambda plan: letters(msgspec.structs.replace(plan, step_id=99)), id="another step"),
+        pytest.param(lambda plan: HELLO, id="another message"),
+    ],
+)
+def test_a_connection_that_breaks_costs_no_answer(tmp_path: Path, reply: Callable[[StepPlan], Message | None]) -> None:
+    agent = ScriptedAgent(replies=[letters, letters, reply])
+
+    async def main(server: LLMServer) -> None:
+        whole = await generate(server)
+        assert (whole.text, whole.finish_reason) == ("aaaaa", "length")
+        assert len(whole.tokens) == 5
+        assert agent.connections == 2
+
+    run(tmp_path, agent, main)
+
+
+def test_agents_that_come_back_different_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.step_loop.REFUSED_SECONDS", 0.01)
+    smaller = msgspec.structs.replace(HELLO, num_blocks=50)
+    agent = ScriptedAgent(hellos=[HELLO, smaller, HELLO], replies=[letters, lambda plan: None])
+
+    async def main(server: LLMServer) -> None:
+        await fails(server)
+        assert "came back with another model" in caplog.text
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 3
+
+    run(tmp_path, agent, main)
