@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import time
@@ -53,9 +54,9 @@ class Launcher:
     def _stop(self) -> None:
         """A first signal stops the agents in order, a second one at once."""
         if self._stopping.is_set():
-            for agents in self._agents:
-                for agent in agents:
-                    agent.kill()
+            for agent in itertools.chain.from_iterable(self._agents):
+                agent.kill()
+        logger.info("stopping")
         self._stopping.set()
 
     async def _serve(self, secrets: list[Path]) -> int:
