@@ -18,7 +18,7 @@ logger = logging.getLogger("agent")
 
 
 def main() -> None:
-    """Run the process. An error before it listens ends it, with the reason as the last line of standard error."""
+    """Run the process. An error before it listens ends it, and the launcher is told the reason."""
     report = Report()
     faulthandler.enable()
     settings = read_settings()

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.lifeline import AgentSettings, Ready
-from config.log_file import escape
+from agent.lifeline import AgentSettings, Failed, Ready
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class AgentProcess:
     @classmethod
     async def start(cls, settings: AgentSettings) -> AgentProcess:
         """Start the process and tell it who it is."""
-        with _errors_path(settings).open("wb") as errors:
+        with errors_file(settings).open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -61,10 +60,12 @@ class AgentProcess:
         """
         assert self._process.stdout
         line = await self._process.stdout.readline()
-        if line:
-            return msgspec.json.decode(line, type=Ready)
-        await self._process.wait()
-        raise StartError(f"agent {self.address} cannot start: {self._last_words()}")
+        report = (
+            msgspec.json.decode(line, type=Ready | Failed) if line else Failed(f"see {errors_file(self._settings)}")
+        )
+        if isinstance(report, Ready):
+            return report
+        raise StartError(f"{await self.ended()}, cannot start: {report.reason}")
 
     async def ended(self) -> str:
         """Wait until the process has ended, and say how."""
@@ -90,12 +91,7 @@ class AgentProcess:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             self._process.send_signal(number)
 
-    def _last_words(self) -> str:
-        """The last line of its standard error, which for a Python error is the reason."""
-        text = _errors_path(self._settings).read_text(encoding="utf-8", errors="replace").rstrip()
-        reason = escape(text.splitlines()[-1]) if text else f"it wrote no reason to {_errors_path(self._settings)}"
-        return f"{reason} (exit code {self._process.returncode})"
 
-
-def _errors_path(settings: AgentSettings) -> Path:
+def errors_file(settings: AgentSettings) -> Path:
+    """Where an agent's standard error goes, from its latest start on: tracebacks, and what native libraries write."""
     return Path(settings.config.logging.folder) / f"agent-{settings.port}.stderr"

@@ -1,8 +1,8 @@
 """What the launcher and an agent process say to each other.
 
 The launcher writes one line of settings to the agent's standard input and keeps it open; when it closes, because the
-launcher stopped or was killed in any way, the agent goes too. The agent writes one line to its standard output when it
-listens.
+launcher stopped or was killed in any way, the agent goes too. The agent writes one line to its standard output: that it
+listens, or why it cannot.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from types import TracebackType
 
 import msgspec
 
@@ -35,13 +36,19 @@ class AgentSettings(msgspec.Struct, frozen=True):
         return self.model.agent_ports[self.rank]
 
 
-class Ready(msgspec.Struct, frozen=True):
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The agent listens."""
 
     pid: int
     model: str
     num_blocks: int
     block_size: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The agent cannot start."""
+
+    reason: str
 
 
 def read_settings() -> AgentSettings:
@@ -63,7 +70,7 @@ def exit_with_launcher() -> None:
 
 
 class Report:
-    """The agent's side: the line that says that it is ready.
+    """The agent's side: the line that says how its start went. An error that nobody handles is a failed start.
 
     Libraries write to standard output as well, so it is led to standard error and the report keeps the original.
     """
@@ -71,7 +78,16 @@ class Report:
     def __init__(self) -> None:
         self._output = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
+        sys.excepthook = self._failed
 
     def ready(self, message: Ready) -> None:
+        sys.excepthook = sys.__excepthook__
+        self._write(message)
+
+    def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._write(Failed(f"{kind.__name__}: {error}"))
+        sys.__excepthook__(kind, error, trace)
+
+    def _write(self, message: Ready | Failed) -> None:
         with self._output as output:
             output.write(msgspec.json.encode(message) + b"\n")

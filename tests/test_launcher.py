@@ -213,10 +213,19 @@ def test_an_agent_that_cannot_start_ends_the_others(tmp_path: Path) -> None:
     deployment = standin_deployment(tmp_path, [{}, {"path": path}])
     process = Process("start_agent.py", "--config", deployment.config_path)
     assert process.wait() == 1
-    assert "cannot start: config.manifest.ManifestError" in process.output
+    assert "exited with code 1, cannot start: ManifestError: " in process.output
     assert "tokenizer.json: is not the file that was exported" in process.output
     assert "all agents started" not in process.output
     assert list(tmp_path.rglob("*.secret*")) == []
+
+
+def test_an_agent_that_is_killed_while_it_starts(tmp_path: Path) -> None:
+    """One that cannot say why is named with its signal and the file that may tell more."""
+    process = Process("start_agent.py", "--config", standin_deployment(tmp_path).config_path)
+    eventually(lambda: bool(process.children()))
+    process.children()[0].kill()
+    assert process.wait() == 1
+    assert re.search(r"was ended by SIGKILL, cannot start: see .*agent-\d+\.stderr", process.output)
 
 
 def test_a_given_secret_file_is_used_and_kept(tmp_path: Path) -> None:
