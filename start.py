@@ -48,7 +48,7 @@ async def run(app: AppServer, listener: socket.socket, config_path: str) -> int:
             print(f"the agents have ended with exit code {ended.result()}", file=sys.stderr)  # noqa: T201
             app.end()
             await serving
-            return ended.result() or FAILED
+            return max(ended.result(), FAILED)
         return FAILED if app.failure else 0
     finally:
         await _stop_agents(agents, ended)

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0  # far more than needed, also on a busy machine
 STOP_SECONDS = 30.0
+PATIENCE_SECONDS = 20.0
 
 
 class Process:
@@ -139,6 +141,13 @@ class Serving:
                 process.stop()
 
 
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
+    """Ask until ``condition`` holds. It asks a server or a process, which sets the pace."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on."""
     with contextlib.ExitStack() as sockets:
@@ -181,7 +190,7 @@ def standin_deployment(
 def serving(
     folder: Path, models: Sequence[Mapping[str, Any]] = ({},), **sections: Mapping[str, Any]
 ) -> Iterator[Serving]:
-    """Agents and app of a stand-in deployment, ready for requests."""
+    """Agents and app of a stand-in deployment, ready for requests. In the end, nothing unforeseen was logged."""
     deployment = standin_deployment(folder, models, **sections)
     try:
         deployment.start_agents()
@@ -189,3 +198,4 @@ def serving(
         yield deployment
     finally:
         deployment.stop()
+    assert "Traceback" not in deployment.log, deployment.log

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from client.schemas.error import ErrorBody
@@ -25,6 +26,7 @@ STATUS_TEXTS = {
     405: "this path does not take this method",
 }
 FIELD_NAMES = {"prompt": "inputs", "messages": "inputs"}  # the server's names → those of these routes
+CLIENT_LEFT = 499  # as nginx writes it
 INTERNAL = "the server could not finish this request; its log says why under request id {}"
 
 
@@ -47,6 +49,7 @@ def install(app: FastAPI) -> None:
     """Answer every exception of ``app``'s routes with a ``Problem``."""
     for kind in (ServingError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _respond)
+    app.add_exception_handler(ClientDisconnect, _leave)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -81,6 +84,11 @@ async def _respond(request: Request, error: Exception) -> Response:
     # A 500 is answered outside the middleware that would add the id.
     problem.headers.setdefault("X-Request-Id", request_id)
     return problem.response()
+
+
+async def _leave(request: Request, error: Exception) -> Response:
+    """The client has left: nobody reads this, the status is for the log."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 def _invalid(error: RequestValidationError) -> Problem:
