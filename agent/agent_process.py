@@ -32,18 +32,24 @@ class AgentProcess:
 
     @classmethod
     async def start(cls, settings: AgentSettings) -> AgentProcess:
-        """Start the process and tell it who it is."""
-        with errors_file(settings).open("wb") as errors:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "agent",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=errors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-                start_new_session=True,  # Ctrl-C is for the launcher, which tells the agents
-            )
+        """Start the process and tell it who it is.
+
+        Raises:
+            StartError: the system does not give us another process.
+        """
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            with errors_file(settings).open("wb") as errors:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "agent"),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=errors,
+                    env={**os.environ, "PYTHONPATH": path},
+                    start_new_session=True,  # Ctrl-C is for the launcher, which tells the agents
+                )
+        except OSError as error:
+            raise StartError(f"agent {settings.model.agent_host}:{settings.port} cannot be started: {error}") from None
         assert process.stdin
         process.stdin.write(msgspec.json.encode(settings) + b"\n")
         return cls(settings, process)
@@ -60,12 +66,11 @@ class AgentProcess:
         """
         assert self._process.stdout
         line = await self._process.stdout.readline()
-        report = (
-            msgspec.json.decode(line, type=Ready | Failed) if line else Failed(f"see {errors_file(self._settings)}")
-        )
+        report = msgspec.json.decode(line, type=Ready | Failed) if line else None  # None: it died without a word
         if isinstance(report, Ready):
             return report
-        raise StartError(f"{await self.ended()}, cannot start: {report.reason}")
+        reason = report.reason if report else f"see {errors_file(self._settings)}"
+        raise StartError(f"{await self.ended()}, cannot start: {reason}")
 
     async def ended(self) -> str:
         """Wait until the process has ended, and say how."""

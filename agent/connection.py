@@ -16,7 +16,6 @@ class Connection:
         self._socket = accepted
         self._channel = Channel(secret, "agent")
         self._deadline: float | None = None
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def authenticate(self, seconds: float) -> Attach:
         """Exchange greetings and take the first frame, all within ``seconds``.
@@ -26,6 +25,7 @@ class Connection:
         """
         self._deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(self._channel.greeting)
         self._channel.agree(self._read(GREETING.size))
         first = self.receive()

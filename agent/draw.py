@@ -1,8 +1,8 @@
 """One random token of each row, from the distribution that temperature, top-k, top-p, min-p and typical-p leave.
 
 Most of a large vocabulary never comes into question: a row is cut to a shortlist of its best tokens that is known to
-hold all that the filters keep, and the filters work on shortlists of like size together. Sums run along a row from its
-first element (``cumsum``), so they are the same to the last bit however long the shortlist and whatever is beside it.
+hold all that the filters keep, and the filters work on shortlists of like size together. There, sums run along a row
+from its first element (``cumsum``), so they are the same to the last bit however far it is padded for its neighbours.
 """
 
 from __future__ import annotations

@@ -93,33 +93,31 @@ class Launcher:
 
     async def _watch_model(self, index: int) -> None:
         """Start a model's ranks again, all of them, whenever one has ended; return when that is hopeless."""
+        reason, seconds = await self._life(index)
         deaths = 0
         while True:
-            started = time.monotonic()
-            reason = await self._first_end(index)
-            deaths = 1 if time.monotonic() - started >= STABLE_SECONDS else deaths + 1
-            while deaths <= len(RESTART_DELAYS):
-                delay = RESTART_DELAYS[deaths - 1]
-                logger.warning("%s; starting its model again in %g s", reason, delay)
-                await self._stop_model(index)
-                await asyncio.sleep(delay)
-                try:
-                    await self._start_model(index)
-                    break
-                except StartError as error:
-                    reason = str(error)
-                    deaths += 1
-            else:
+            deaths = 1 if seconds >= STABLE_SECONDS else deaths + 1
+            if deaths > len(RESTART_DELAYS):
                 names = ", ".join(self._config.models[index].names)
                 logger.error("%s; giving up %s after %d restarts in a row", reason, names, len(RESTART_DELAYS))
-                await self._stop_model(index)
-                return
+                return await self._stop_model(index)
+            delay = RESTART_DELAYS[deaths - 1]
+            logger.warning("%s; starting its model again in %g s", reason, delay)
+            await self._stop_model(index)
+            await asyncio.sleep(delay)
+            try:
+                await self._start_model(index)
+                reason, seconds = await self._life(index)
+            except StartError as error:
+                reason, seconds = str(error), 0.0
 
-    async def _first_end(self, index: int) -> str:
+    async def _life(self, index: int) -> tuple[str, float]:
+        """Wait until an agent of a ready model has ended: how, and after how many seconds of service."""
+        started = time.monotonic()
         ends = [asyncio.create_task(agent.ended()) for agent in self._agents[index]]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
+            return done.pop().result(), time.monotonic() - started
         finally:
             for end in ends:
                 end.cancel()

@@ -17,6 +17,7 @@ import msgspec
 
 from config.serving_config import ModelConfig, ServingConfig
 
+MAX_REASON = 2000  # characters; native libraries can be long-winded, and the rest is in the agent's standard error
 EXIT_SECONDS = 10.0  # that a step in progress may take once the launcher is gone
 
 
@@ -85,7 +86,7 @@ class Report:
         self._write(message)
 
     def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self._write(Failed(f"{kind.__name__}: {error}"))
+        self._write(Failed(f"{kind.__name__}: {error}"[:MAX_REASON]))
         sys.__excepthook__(kind, error, trace)
 
     def _write(self, message: Ready | Failed) -> None:

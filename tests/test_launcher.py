@@ -201,6 +201,23 @@ def test_a_busy_port_is_refused_and_its_owner_is_not_disturbed(tmp_path: Path) -
         assert started.answers(port, secret_port=port)
 
 
+@pytest.mark.parametrize(
+    ("content", "mode", "problem"),
+    [
+        (b"s" * 32, 0o640, "other users can read it"),
+        (b"s" * 31, 0o600, "holds 31 bytes"),
+        (b"s" * 65, 0o600, "65 bytes"),
+    ],
+)
+def test_a_secret_file_that_keeps_no_secret_is_refused(tmp_path: Path, content: bytes, mode: int, problem: str) -> None:
+    secret = tmp_path / "our"
+    secret.write_bytes(content)
+    secret.chmod(mode)
+    message = refused_deployment(tmp_path, secret_file=str(secret))
+    assert f"models[0].secret_file: {secret}" in message
+    assert problem in message
+
+
 def test_a_log_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     deployment = standin_deployment(tmp_path, logging={"folder": str(tmp_path / "file" / "logs")})
