@@ -33,12 +33,12 @@ def read_secret(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            status = os.fstat(file.fileno())
             secret = file.read(LONGEST_SECRET + 1)
     except OSError as error:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SecretError(f"{path}: other users can read it; run chmod 600 on it")
     if not SECRET_BYTES <= len(secret) <= LONGEST_SECRET:
-        raise SecretError(f"{path}: holds {len(secret)} bytes or more; a secret has {SECRET_BYTES} to {LONGEST_SECRET}")
+        raise SecretError(f"{path}: holds {status.st_size} bytes; a secret has {SECRET_BYTES} to {LONGEST_SECRET}")
     return secret

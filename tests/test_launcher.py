@@ -206,7 +206,7 @@ def test_a_busy_port_is_refused_and_its_owner_is_not_disturbed(tmp_path: Path) -
     [
         (b"s" * 32, 0o640, "other users can read it"),
         (b"s" * 31, 0o600, "holds 31 bytes"),
-        (b"s" * 65, 0o600, "65 bytes"),
+        (b"s" * 65, 0o600, "holds 65 bytes"),
     ],
 )
 def test_a_secret_file_that_keeps_no_secret_is_refused(tmp_path: Path, content: bytes, mode: int, problem: str) -> None:
