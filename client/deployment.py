@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from agent.protocol import SamplingParams
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
 from server.errors import NotServing, UnknownModel
 from server.llm_server import LLMServer
@@ -38,7 +37,7 @@ class ServedModel:
     async def start(self) -> None:
         """Connect to the agents, however long they take, and let them generate a first time."""
         await self.server.start()
-        params = GenerationParams(sampling=SamplingParams(), max_new_tokens=WARM_UP_TOKENS)
+        params = GenerationParams(max_new_tokens=WARM_UP_TOKENS)
         stream = await self._submit(self.config.names[0], WARM_UP_PROMPT, params, "warm-up")
         await stream.collect()
         self.warm = True

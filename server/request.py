@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
-from agent.protocol import SamplingParams
+from agent.protocol import SamplingParams as SamplingParams  # for client too, which does not know agents
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

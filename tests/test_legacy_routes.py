@@ -175,6 +175,28 @@ def test_every_sampling_field_has_an_effect_and_repeats_with_its_seed(
     assert first == second != plain
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"seed": 2**64 - 1},
+        {"seed": 0},
+        {"top_k": 2**31 - 1},
+        {"temperature": 1e-300},
+        {"temperature": 100, "top_k": -1},
+        {"typical_p": 1e-300},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 100, "frequency_penalty": -2, "presence_penalty": -2},
+        {"stop": ["x" * 1024] * 16, "top_n_tokens": 20},
+        {"min_new_tokens": 5, "max_new_tokens": 5},
+        {"truncate": 2**31 - 1},
+    ],
+    ids=lambda setting: str(setting)[:40],
+)
+def test_the_ends_of_every_range_work(client: httpx.Client, setting: dict[str, Any]) -> None:
+    result = ask(client, "hi", **{**SAMPLED, "max_new_tokens": 5, "ignore_eos": True, "details": True, **setting})
+    assert result["details"]["generated_tokens"] == 5
+
+
 def test_penalties_apply_to_greedy_too(client: httpx.Client) -> None:
     greedy = {"ignore_eos": True, "max_new_tokens": 60}
     assert ask(client, "hi", frequency_penalty=2.0, **greedy) != ask(client, "hi", **greedy)

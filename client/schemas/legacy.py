@@ -15,11 +15,10 @@ import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from agent.protocol import SamplingParams
 from client.schemas.details import Details
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
-from server.request import GenerationParams
+from server.request import GenerationParams, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 300
 MAX_STOP_CHARACTERS = 1024  # of one stop string
