@@ -184,7 +184,7 @@ def test_every_sampling_field_has_an_effect_and_repeats_with_its_seed(
         {"temperature": 1e-300},
         {"temperature": 100, "top_k": -1},
         {"typical_p": 1e-300},
-        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 0.01},
         {"repetition_penalty": 100, "frequency_penalty": -2, "presence_penalty": -2},
         {"stop": ["x" * 1024] * 16, "top_n_tokens": 20},
         {"min_new_tokens": 5, "max_new_tokens": 5},

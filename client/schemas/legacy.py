@@ -120,7 +120,7 @@ class LegacyParameters(_LenientBody):
     )
     temperature: Real = Field(1.0, ge=0, le=100, description="0 … 100; 0: greedy")
     typical_p: Real = Field(1.0, gt=0, le=1, description="locally typical sampling, above 0 and up to 1; 1: off")
-    repetition_penalty: Real = Field(1.0, gt=0, le=100, description="over prompt and answer, above 0 and up to 100")
+    repetition_penalty: Real = Field(1.0, ge=0.01, le=100, description="over prompt and answer, 0.01 … 100; 1: off")
     frequency_penalty: Real = Field(0.0, ge=-2, le=2, description="over the answer, -2 … 2")
     presence_penalty: Real = Field(0.0, ge=-2, le=2, description="over the answer, -2 … 2")
     max_new_tokens: Integer | None = Field(
