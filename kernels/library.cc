@@ -1,9 +1,6 @@
 // The library's own functions, called through ctypes: threads and the text of the last error.
 #include "operator.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "thread_pool.h"
 
 namespace native {
 
@@ -16,14 +13,8 @@ std::string &last_error_text() {
 
 extern "C" {
 
-// Threads of every operator from now on.
-void native_set_threads(int threads) {
-#ifdef _OPENMP
-  omp_set_num_threads(threads);
-#else
-  (void)threads;
-#endif
-}
+// Threads of every operator from now on; not while one runs.
+void native_set_threads(int threads) { native::ThreadPool::shared().resize(threads); }
 
 // Why the last failing operator failed.
 const char *native_last_error() { return native::last_error_text().c_str(); }

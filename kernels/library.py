@@ -19,7 +19,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FOLDER = SOURCES.parent / "output" / "kernels"
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-shared", "-fPIC")
 
 logger = logging.getLogger(__name__)
 

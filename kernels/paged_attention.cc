@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "operator.h"
+#include "thread_pool.h"
 
 namespace native {
 namespace {
@@ -80,6 +81,18 @@ void place_token(const Call &c, int64_t token, Cache *keys, Cache *values) {
   }
 }
 
+// e^x for x <= 0 to 2e-7 relative, without a branch, so that the compiler does it for a whole tile: 2^n * 2^f with |f| <= 1/2,
+// and 2^f by its Taylor polynomial.
+inline float exp_of_negative(float x) {
+  const float scaled = std::max(x, -87.f) * 1.44269504f;
+  const float whole = std::floor(scaled + 0.5f), f = (scaled - whole) * 0.693147181f;
+  const float power = 1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float two_to_n;
+  std::memcpy(&two_to_n, &bits, sizeof(bits));
+  return power * two_to_n;
+}
+
 // Attention state of one query vector: what FlashAttention keeps between key tiles.
 struct Softmax {
   float top = -std::numeric_limits<float>::infinity();
@@ -95,7 +108,10 @@ struct Softmax {
       for (int64_t i = 0; i < dim; ++i) acc[i] *= rescale;
       top = high;
     }
-    for (int j = 0; j < count; ++j) sum += scores[j] = std::exp(scores[j] - top);
+    float total = 0.f;
+#pragma omp simd reduction(+ : total)
+    for (int j = 0; j < count; ++j) total += scores[j] = exp_of_negative(scores[j] - top);
+    sum += total;
   }
 };
 
@@ -215,14 +231,12 @@ template <typename Cache>
 void run(const Call &c, void *key_cache, void *value_cache) {
   auto *keys = static_cast<Cache *>(key_cache), *values = static_cast<Cache *>(value_cache);
   const auto tiles = tiles_of(c);
-  const auto count = static_cast<int64_t>(tiles.size());
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < c.tokens; ++token) place_token(c, token, keys, values);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) attend(c, tiles[i], keys, values);
-  }
+  auto &pool = ThreadPool::shared();
+  constexpr int64_t kTokens = 16;  // of one task: placing a token is short work
+  pool.run((c.tokens + kTokens - 1) / kTokens, [&](int64_t task) {
+    for (int64_t t = task * kTokens; t < std::min(c.tokens, (task + 1) * kTokens); ++t) place_token(c, t, keys, values);
+  });
+  pool.run(static_cast<int64_t>(tiles.size()), [&](int64_t i) { attend(c, tiles[i], keys, values); });
 }
 
 Call checked(const Arguments &a) {

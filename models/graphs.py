@@ -32,10 +32,11 @@ def write_graphs(
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     config = checkpoint.config
-    weights = Weights(checkpoint)
+    module = operator_module(operators)
+    weights = Weights(checkpoint, module)
     for phase in PHASES:
         logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-        network = Network(config, weights.get, operator_module(operators), phase, block_size)
+        network = Network(config, weights.get, module, phase, block_size)
         write_graph(network, folder / f"{phase}.mindir", *graph_inputs(config, block_size))
     logits, ints, numbers = dynamic(ms.float32, None, None), dynamic(ms.int32), dynamic(ms.float32, None)
     write_graph(Argmax(), folder / "argmax.mindir", logits)
@@ -48,10 +49,11 @@ def write_graphs(
 
 
 class Weights:
-    """A checkpoint's weights as Parameters, each read once and shared by the networks that use it."""
+    """A checkpoint's weights as Parameters, packed for the operators, each read once and shared by both networks."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, operators: ModuleType) -> None:
         self._checkpoint = checkpoint
+        self._pack = operators.pack
         self._shapes = checkpoint.config.weight_shapes()
         self._read: dict[str, Parameter] = {}
 
@@ -60,8 +62,8 @@ class Weights:
         if name not in self._shapes:
             return None
         if name not in self._read:
-            value = Tensor.from_numpy(self._checkpoint.read(name))
-            self._read[name] = Parameter(value, name=name, requires_grad=False)
+            value = self._pack(self._checkpoint.config, name, self._checkpoint.read(name))
+            self._read[name] = Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
         return self._read[name]
 
 

@@ -14,9 +14,8 @@ from mindspore.ops import CustomRegOp, DataType
 
 from kernels import library
 from models.network_config import NetworkConfig
-from models.portable import NormGatedLinear, NormLinear, ResidualLinear, Rope
-
-__all__ = ["ATTENTION", "GEOMETRY", "NormGatedLinear", "NormLinear", "ResidualLinear"]
+from models.portable import Rope
+from models.weight_map import Floats
 
 F16, F32, I32 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default
 
@@ -33,6 +32,60 @@ def custom(name: str, *signatures: tuple[Any, ...]) -> ops.Custom:
     for signature in signatures:
         info = info.dtype_format(*signature)
     return ops.Custom(f"{library.path()}:{name}", None, None, "aot", reg_info=info.target("CPU").get_op_info())
+
+
+def pack(config: NetworkConfig, name: str, value: Floats) -> Floats:
+    """A weight of ``network_config`` as these operators want it.
+
+    Norms end in their epsilon; rows of gate and up take turns, so that a thread has both of an output.
+    """
+    kind = name.rpartition(".")[2]
+    if kind in ("attention_norm", "mlp_norm", "norm"):
+        return np.append(value, np.float32(config.norm_eps))
+    if kind == "gate_up":
+        gate_and_up = value.reshape(2, config.intermediate_size, config.hidden_size)
+        return np.ascontiguousarray(gate_and_up.swapaxes(0, 1)).reshape(value.shape)
+    return value
+
+
+class NormLinear(nn.Cell):  # type: ignore[misc]
+    """RMS norm, then a linear layer: ``[T, in] → [T, out]``."""
+
+    def __init__(self, norm: Parameter, eps: float, weight: Parameter, bias: Parameter | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.weight, self.bias = norm, weight, bias
+        self.linear = custom("NormLinear", (F32,) * (4 if bias is None else 5))
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.linear(x, self.norm, self.weight)
+        return self.linear(x, self.norm, self.weight, self.bias)
+
+
+class NormGatedLinear(nn.Cell):  # type: ignore[misc]
+    """RMS norm, gate and up projection, ``silu(gate) * up``: ``[T, in] → [T, I]``."""
+
+    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.weight = norm, weight
+        self.linear = custom("NormGatedLinear", (F32,) * 4)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.norm, self.weight)
+
+
+class ResidualLinear(nn.Cell):  # type: ignore[misc]
+    """A linear layer whose result is added to the residual stream."""
+
+    def __init__(self, weight: Parameter, bias: Parameter | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight, self.bias = weight, bias
+        self.linear = custom("ResidualLinear", (F32,) * (4 if bias is None else 5))
+
+    def construct(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.linear(residual, x, self.weight)
+        return self.linear(residual, x, self.weight, self.bias)
 
 
 class Geometry(nn.Cell):  # type: ignore[misc]

@@ -103,13 +103,13 @@ def constant(name: str, value: NDArray[np.float32]) -> Parameter:
 def rope_frequencies(config: NetworkConfig) -> NDArray[np.float32]:
     """Radians a position turns each of the D / 2 pairs, f32; scaled as the checkpoint says."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)).astype(np.float32)
+    frequencies: NDArray[np.float32] = np.float32(1) / np.power(np.float32(config.rope_theta), exponents)
     return frequencies if config.rope_scaling is None else scale_frequencies(frequencies, config.rope_scaling)
 
 
 def scale_frequencies(frequencies: NDArray[np.float32], scaling: RopeScaling) -> NDArray[np.float32]:
     """Stretch rotary frequencies: all alike (linear), or only the slow ones with a smooth border (Llama 3)."""
-    slowed = frequencies / np.float32(scaling.factor)
+    slowed: NDArray[np.float32] = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return slowed
     turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the first training's context

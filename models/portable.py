@@ -19,8 +19,14 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from models.network_config import NetworkConfig
+from models.weight_map import Floats
 
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
+
+
+def pack(config: NetworkConfig, name: str, value: Floats) -> Floats:
+    """A weight as these operators want it: as it is."""
+    return value
 
 
 class RMSNorm(nn.Cell):  # type: ignore[misc]
@@ -180,7 +186,7 @@ class Attention(nn.Cell):  # type: ignore[misc]
         q = q.reshape((-1, self.heads, self.head_dim))
         k = k.reshape((-1, self.kv_heads, self.head_dim))
         v = v.reshape((-1, self.kv_heads, self.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.rotate(q, geometry[0], geometry[1]), self.rotate(k, geometry[0], geometry[1]), v
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -21,5 +23,5 @@ class TopK(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.top_k = ops.TopK(sorted=True)
 
-    def construct(self, logits: Tensor, temperature: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, logits: Tensor, temperature: Tensor, k: Tensor) -> Any:
         return self.top_k(logits / temperature.expand_dims(1), k)
