@@ -123,6 +123,7 @@ def test_the_three_clamps_of_the_older_system(field: str, written: float, meant:
         ("typical_p", 0),
         ("typical_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 0.005),
         ("repetition_penalty", -1),
         ("repetition_penalty", 101),
         ("frequency_penalty", 2.5),
