@@ -14,7 +14,7 @@ assert VERSION is not None, "config/version.py names no version"
 setup(
     name="mindspore-llm-serving",
     version=VERSION[1],
-    description="A deployment toolkit for large language models on MindSpore: MindIR agents, continuous batching, HTTP.",
+    description="Serves large language models on MindSpore: MindIR agents, continuous batching, HTTP.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -34,7 +34,7 @@ setup(
         "jinja2",  # chat templates, sandboxed
         "prometheus-client",
         "gguf",  # checkpoints
-        "safetensors",
+        "protobuf",  # MindIR files and SentencePiece models
         "sentencepiece",
     ],
     extras_require={
@@ -45,6 +45,7 @@ setup(
             "hypothesis",
             "httpx",
             "psutil",
+            "safetensors",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -1,7 +1,7 @@
 """Run one rank of an exported model: a prefill and a decode MindIR on one set of weights and one paged KV cache.
 
-The cache belongs to the runner: two tensors that both graphs take as inputs, so its size and dtype are chosen here, from a
-memory budget, and nothing is copied between the phases. Where the graphs leave writing to the host (manifest:
+The cache belongs to the runner: two tensors that both graphs take as inputs, so its size and dtype are chosen here,
+from a memory budget, and nothing is copied between the phases. Where the graphs leave writing to the host (manifest:
 ``cache_write``) the runner writes each step's new keys and values through the slot mapping.
 """
 
@@ -125,9 +125,7 @@ def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
     block_bytes = manifest.cache_block_bytes(ITEM_SIZES[cache_dtype])
     blocks = cache_bytes // block_bytes
     if blocks < 3:
-        raise ManifestError(
-            f"cache_memory: {cache_bytes} bytes hold {blocks} blocks of {block_bytes} bytes; give at least {3 * block_bytes}"
-        )
+        raise ManifestError(f"cache_memory: {cache_bytes} bytes hold {blocks} blocks; give at least {3 * block_bytes}")
     return blocks
 
 
@@ -165,8 +163,8 @@ def load_graphs(
 ) -> tuple[nn.GraphCell, nn.GraphCell]:
     """Prefill and decode graph, compiled once each for all shapes.
 
-    The files name no folder; loaded are copies whose C++ operators come from this machine's library. MindSpore wants the
-    weights in the copies' own folder and follows no symbolic link out of it.
+    The files name no folder; loaded are copies whose C++ operators come from this machine's library. MindSpore wants
+    the weights in the copies' own folder and follows no symbolic link out of it.
     """
     graphs = []
     with tempfile.TemporaryDirectory(prefix=".loading-", dir=folder if os.access(folder, os.W_OK) else None) as scratch:

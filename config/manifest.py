@@ -91,7 +91,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         raw = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
-        raise ManifestError(f"{folder}: no exported model here (no {MANIFEST_FILE}); run python -m models.export") from None
+        raise ManifestError(
+            f"{folder}: no exported model here (no {MANIFEST_FILE}); run python -m models.export"
+        ) from None
     except (OSError, msgspec.DecodeError) as error:
         raise ManifestError(f"{path}: cannot be read: {error}; export the model again") from None
     version = raw.get("version") if isinstance(raw, dict) else None

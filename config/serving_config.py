@@ -1,7 +1,7 @@
 """One deployment's configuration: ``load(path)`` reads a YAML file into frozen records.
 
-Everything may read this module; it reads nothing of ours. A mistake in the file is a ``ConfigError`` that names the file,
-the key and what is allowed there, before anything starts.
+Everything may read this module; it reads nothing of ours. A mistake in the file is a ``ConfigError`` that names the
+file, the key and what is allowed there, before anything starts.
 """
 
 from __future__ import annotations
@@ -213,6 +213,6 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
             yield f"{key}.prompt_templates: {name} is not among the names of this model"
         if template not in (*PROMPT_TEMPLATES, CHAT_TEMPLATE) and "{prompt}" not in template:
             known = ", ".join((*PROMPT_TEMPLATES, CHAT_TEMPLATE))
-            yield f"{key}.prompt_templates.{name}: {template!r} is neither one of {known} nor a text with {{prompt}} in it"
+            yield f"{key}.prompt_templates.{name}: {template!r} is none of {known}, nor a text with {{prompt}} in it"
     if model.step_seconds and model.target != "standin":
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"

@@ -1,7 +1,7 @@
-"""The C++ operators as a shared library: built once on the machine that runs them, found again by what it was built from.
+"""The C++ operators as a shared library: built once on the machine that runs them, found again by its sources.
 
-``python -m kernels.library`` builds it and says where it is. Without a C++ compiler there is no library, and models run on
-MindSpore's standard operators.
+``python -m kernels.library`` builds it and says where it is. Without a C++ compiler there is no library, and models
+run on MindSpore's standard operators.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FOLDER = SOURCES.parent / "output" / "kernels"
-FLAGS = ("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra",
+    "-shared", "-fPIC",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

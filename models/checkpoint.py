@@ -29,7 +29,7 @@ from models.weight_map import (
     read_weight,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "source_digest"]
 
 FORMATS = "a .gguf file, a folder with one, or a Hugging Face folder (config.json and *.safetensors)"
 GGUF_MAGIC = b"GGUF"
@@ -43,7 +43,6 @@ class Checkpoint:
     name: str  # the same without its ending
     config: NetworkConfig
     text: TextFiles
-    files: tuple[Path, ...]  # all that was or can be read
     tensors: TensorSource
     weights: WeightMap
 
@@ -51,12 +50,23 @@ class Checkpoint:
         """The weight ``name`` of ``config.weight_shapes()``: float32, C-contiguous, in memory of its own."""
         return read_weight(self.tensors, self.weights[name])
 
-    def digest(self) -> str:
-        """SHA-256 that stands for the content: the file's own, or that of all files' names and digests."""
-        if len(self.files) == 1:
-            return file_digest(self.files[0])
-        listing = "".join(f"{file_digest(path)}  {path.name}\n" for path in sorted(self.files))
-        return hashlib.sha256(listing.encode()).hexdigest()
+
+def source_digest(path: Path) -> str:
+    """SHA-256 that stands for a checkpoint's content: the file's own, or that of all read files' names and digests.
+
+    Quick beside ``open_checkpoint``: a GGUF file's tokenizer alone takes seconds to parse.
+
+    Raises:
+        CheckpointError: there is nothing.
+    """
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: does not exist; expected {FORMATS}")
+    kinds, names = (".gguf", ".safetensors"), (CONFIG_FILE, *TEXT_FILES)
+    files = sorted(file for file in path.iterdir() if file.suffix in kinds or file.name in names)
+    listing = "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -107,9 +117,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     weights = gguf_weight_map(config)
     check_tensors(path, file, weights, unused=lambda name: name == ROPE_FREQS)
     text = gguf_text(file, config.vocab_size)
-    return Checkpoint(
-        source=path.name, name=path.stem, config=config, text=text, files=(path,), tensors=file, weights=weights
-    )
+    return Checkpoint(source=path.name, name=path.stem, config=config, text=text, tensors=file, weights=weights)
 
 
 def _open_huggingface(folder: Path) -> Checkpoint:
@@ -120,10 +128,8 @@ def _open_huggingface(folder: Path) -> Checkpoint:
     weights = huggingface_weight_map(config)
     check_tensors(folder, tensors, weights, unused=lambda name: _recomputed(name, config))
     text = huggingface_text(folder, file, config.vocab_size)
-    others = (folder / name for name in (CONFIG_FILE, *TEXT_FILES))
-    files = (*tensors.files, *(path for path in others if path.is_file()))
     name = folder.resolve().name
-    return Checkpoint(source=name, name=name, config=config, text=text, files=files, tensors=tensors, weights=weights)
+    return Checkpoint(source=name, name=name, config=config, text=text, tensors=tensors, weights=weights)
 
 
 def _check_heads(path: Path, config: NetworkConfig) -> None:

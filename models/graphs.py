@@ -1,4 +1,4 @@
-"""The MindIR files of one model: networks built from a checkpoint, compiled with dynamic shapes, written to a folder."""
+"""The MindIR files of one model: its networks, compiled for dynamic shapes and written to a folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """MindIR files as data: their contract, their weights, their links to our library. Nothing here runs a graph.
 
-MindSpore writes each graph with all its weights inside and with absolute paths to C++ operators. ``detach`` makes of a
-prefill and a decode graph two small files on one common weights file, free of paths; ``attach`` gives a loader's copy the
-path of this machine's library again, and only of ours.
+MindSpore writes each graph with all its weights inside and with absolute paths to C++ operators. ``detach`` makes of
+a prefill and a decode graph two small files on one common weights file, free of paths; ``attach`` gives a loader's
+copy the path of this machine's library again, and only of ours.
 """
 
 from __future__ import annotations

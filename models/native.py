@@ -1,7 +1,7 @@
 """The operators that matter for speed, in C++ inside the MindIR (``kernels/``): the other side of ``models.portable``.
 
-Here the *graph* writes the cache: one operator applies rotary embedding, writes new keys and values through the slot mapping
-and attends over the row's blocks, for rows of any length in either phase.
+Here the *graph* writes the cache: one operator applies rotary embedding, writes new keys and values through the slot
+mapping and attends over the row's blocks, for rows of any length in either phase.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ResidualLinear(nn.Cell):  # type: ignore[misc]
 
 
 class Geometry(nn.Cell):  # type: ignore[misc]
-    """What attention must know of a step: ``(cos_sin [T, D], slot_mapping, block_tables, query_lens, context_lens)``."""
+    """What attention knows of a step: ``(cos_sin [T, D], slot_mapping, block_tables, query_lens, context_lens)``."""
 
     def __init__(self, frequencies: Parameter, block_size: int) -> None:
         super().__init__(auto_prefix=False)

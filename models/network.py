@@ -1,9 +1,9 @@
 """The network of every supported family, read top to bottom: embedding, layers, head.
 
-Shapes: T new tokens of R rows (one row: one request's share of the step), M blocks a row of B tokens, L wanted positions,
-H query heads on K key/value heads of D numbers. All of a step's rows stand one after another in the T tokens, so one call
-holds several prompts, rows of any length and rows whose first tokens are cached. ``Phase`` says which rows a graph is
-for: *prefill* takes any, *decode* only rows of one token.
+Shapes: T new tokens of R rows (one row: one request's share of the step), M blocks a row of B tokens, L wanted
+positions, H query heads on K key/value heads of D numbers. All of a step's rows stand one after another in the T
+tokens, so one call holds several prompts, rows of any length and rows whose first tokens are cached. ``Phase`` says
+which rows a graph is for: *prefill* takes any, *decode* only rows of one token.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Layer(nn.Cell):  # type: ignore[misc]
 class Network(nn.Cell):  # type: ignore[misc]
     """A whole decoder for one phase.
 
-    Inputs: ``token_ids, positions, slot_mapping`` i32 [T]; ``block_tables`` i32 [R, M]; ``query_lens, context_lens`` i32
-    [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's block b is
-    at l * num_blocks + b.
+    Inputs: ``token_ids, positions, slot_mapping`` i32 [T]; ``block_tables`` i32 [R, M]; ``query_lens, context_lens``
+    i32 [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's
+    block b is at l * num_blocks + b.
 
-    Outputs: logits f32 [L, vocab], and from operators that leave the cache to the host every layer's new keys and values,
-    f32 [layers, T, K, D] each.
+    Outputs: logits f32 [L, vocab], and from operators that leave the cache to the host every layer's new keys and
+    values, f32 [layers, T, K, D] each.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 This is one side of a small seam. The other is ``models.native``: Cells with the same names and arguments around C++. A
 network is built from either.
 
-Standard operators cannot write into a graph's input, so here the *host* writes the cache (manifest: ``cache_write``): the
-graph returns each layer's new keys and values, and attention reads cached tokens from the cache and this step's tokens from
-the step itself.
+Standard operators cannot write into a graph's input, so here the *host* writes the cache (manifest: ``cache_write``):
+the graph returns each layer's new keys and values, and attention reads cached tokens from the cache and this step's
+tokens from the step itself.
 
 Shapes: T new tokens of R rows, H query heads in G groups on K key/value heads of D numbers, M blocks a row of B tokens.
 """

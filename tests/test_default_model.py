@@ -17,7 +17,6 @@ from serving_processes import Serving, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models import export
-from models.checkpoint import open_checkpoint
 
 NEW_TOKENS = 48
 NEAR_TIE = 0.01  # between the reference's two best logits: from there on f32 sums in another order may choose otherwise
@@ -41,9 +40,8 @@ class Answer:
 @pytest.fixture(scope="module")
 def model_folder() -> Path:
     """The exported default model, as ``make export`` leaves it."""
-    checkpoint = open_checkpoint(export.default_checkpoint())
     options = export.ExportOptions(operators=export.choose_operators("auto"))
-    export.export(checkpoint, export.DEFAULT_FOLDER, options)
+    export.export(export.default_checkpoint(), export.DEFAULT_FOLDER, options)
     return export.DEFAULT_FOLDER
 
 

@@ -13,7 +13,6 @@ from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny
 
 from agent.model_runner import ModelRunner
 from kernels import library
-from models.checkpoint import open_checkpoint
 from models.export import ExportOptions, Operators, choose_operators
 from models.export import export as export_checkpoint
 
@@ -25,7 +24,7 @@ OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() els
 def export(checkpoint: Path, folder: Path, operators: Operators) -> None:
     """Export as the command line does, in this process."""
     choose_operators(operators)
-    export_checkpoint(open_checkpoint(checkpoint), folder, ExportOptions(operators=operators, block_size=BLOCK_SIZE))
+    export_checkpoint(checkpoint, folder, ExportOptions(operators=operators, block_size=BLOCK_SIZE))
 
 
 def open_runner(folder: Path, cache_dtype: str = "float32") -> ModelRunner:
