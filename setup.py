@@ -26,7 +26,11 @@ setup(
         "mindspore==2.10.0",
         "numpy>=1.26,<2",  # MindSpore 2.10 breaks bfloat16 with numpy 2
         "fastapi",
+        "starlette",
+        "pydantic",
+        "pydantic-core",
         "uvicorn",
+        "h11",  # uvicorn's parser; its limits and errors are ours
         "sse-starlette",
         "msgspec",  # configuration, manifests and the wire
         "PyYAML",
@@ -46,11 +50,13 @@ setup(
             "httpx",
             "psutil",
             "safetensors",
+            "scipy",
             "ruff",
             "mypy",
             "types-PyYAML",
             "torch==2.13.0",
             "transformers",
+            "accelerate",  # transformers' GGUF reader asks for it
         ],
     },
 )

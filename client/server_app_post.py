@@ -62,7 +62,8 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
         yield
         await deployment.stop(drain_seconds=0)
 
-    app = FastAPI(title="MindSpore LLM serving", version=__version__, lifespan=lifespan)
+    # No documentation pages: FastAPI's load their scripts from another host
+    app = FastAPI(title="MindSpore LLM serving", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.deployment = deployment
     app.add_middleware(HttpEdge, max_body_bytes=config.limits.max_body_bytes)
     errors.install(app)

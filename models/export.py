@@ -165,6 +165,12 @@ def default_checkpoint() -> Path:
     return files[0]
 
 
+def output_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint is exported to unless the user says so."""
+    path = checkpoint.resolve()
+    return MODELS_FOLDER / (path.name if path.is_dir() else path.stem).lower()
+
+
 def choose_operators(wish: str) -> Operators:
     """C++ operators where they can be built, else MindSpore's own.
 
@@ -205,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         path = args.checkpoint or default_checkpoint()
-        folder = args.output or (MODELS_FOLDER / path.resolve().stem.lower() if args.checkpoint else DEFAULT_FOLDER)
+        folder = args.output or (output_folder(path) if args.checkpoint else DEFAULT_FOLDER)
         options = ExportOptions(
             operators=choose_operators(args.operators), block_size=args.block_size, context_length=args.context_length
         )

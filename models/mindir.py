@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from google.protobuf.message import DecodeError
 from mindspore.train.mind_ir_pb2 import ModelProto, TensorProto
 
 from config.manifest import GraphTensor
@@ -59,7 +60,7 @@ def read(path: Path) -> ModelProto:
     model = ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError has no public name that all its versions share
+    except DecodeError as error:
         raise MindIRError(f"{path}: is not a MindIR file: {error}") from None
     if not model.HasField("graph"):
         raise MindIRError(f"{path}: holds no graph")

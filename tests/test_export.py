@@ -26,6 +26,8 @@ EVERY_FILE = {
     "argmax.mindir", "chat_template.jinja", "decode.mindir", "manifest.json", "prefill.mindir", "tokenizer.json",
     "topk.mindir", "weights.bin",
 }  # fmt: skip
+# A test run in the background of a script ignores SIGINT, and so would its children
+DEFAULT_SIGNALS = ["env", "--default-signal=INT"]
 
 
 def command(checkpoint: Path, folder: Path, *options: str) -> list[str]:
@@ -112,7 +114,11 @@ def test_a_damaged_export_is_not_used_but_made_anew(checkpoint: Path, exported: 
 def test_an_interrupted_export_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path, number: int) -> None:
     folder = tmp_path / "models" / "tiny"
     with subprocess.Popen(
-        command(checkpoint, folder), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*DEFAULT_SIGNALS, *command(checkpoint, folder)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

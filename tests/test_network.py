@@ -19,6 +19,13 @@ from models.export import export as export_checkpoint
 BLOCK_SIZE = 8
 TOLERANCE = 1e-3  # of a logit
 OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() else [])]
+DISTINCT = ("llama", "internlm", "qwen3")  # plain, with biases, with norms: all that differs between operators
+CASES = [
+    pytest.param((family, operators), id=f"{family}-{operators}", marks=marks)
+    for family in FAMILIES
+    for operators in OPERATORS
+    for marks in [() if operators == OPERATORS[-1] or family in DISTINCT else pytest.mark.slow]
+]
 
 
 def export(checkpoint: Path, folder: Path, operators: Operators) -> None:
@@ -43,9 +50,7 @@ def largest_difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(np.abs(a - b).max())
 
 
-@pytest.fixture(
-    scope="module", params=[(family, operators) for family in FAMILIES for operators in OPERATORS], ids="-".join
-)
+@pytest.fixture(scope="module", params=CASES)
 def network(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[torch.nn.Module, ModelRunner]:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 STATUS_TEXTS = {
     400: "the body cannot be read as JSON",
-    404: "there is nothing at this path; /docs lists what there is",
+    404: "there is nothing at this path; /openapi.json lists what there is",
     405: "this path does not take this method",
 }
 FIELD_NAMES = {"prompt": "inputs", "messages": "inputs"}  # the server's names → those of these routes
