@@ -25,6 +25,10 @@ class Agent:
 
     def __init__(self, runner: Runner, limits: LimitsConfig, *, rank: int, world_size: int) -> None:
         manifest = runner.manifest
+        most_tokens = min(
+            limits.max_num_batched_tokens,
+            manifest.capabilities.max_num_batched_tokens or limits.max_num_batched_tokens,
+        )
         self._runner = runner
         self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size)
         self._shapes = StepShapes(
@@ -33,7 +37,7 @@ class Agent:
             block_size=manifest.block_size,
             num_blocks=runner.num_blocks,
             max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_batched_tokens=most_tokens,
         )
         self.hello = Hello(
             model=manifest.name,
@@ -46,7 +50,7 @@ class Agent:
             vocab_size=manifest.vocab_size,
             context_length=manifest.context_length,
             max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_batched_tokens=most_tokens,
             capabilities=manifest.capabilities,
             cache_dtype=runner.cache_dtype,
             pid=os.getpid(),

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mindspore as ms
@@ -26,6 +26,7 @@ from kernels import library
 from models import mindir
 
 ITEM_SIZES = {"float32": 4, "float16": 2}  # bytes of a number in the cache
+MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
 LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # of the start-up proof, relative to the largest logit
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,17 @@ class ModelRunner:
         Raises:
             RuntimeError: an operator refused its arguments; nothing else is damaged.
         """
+        if self._library or scores_of(batch, self.manifest.block_size) <= MAX_SCORES:
+            return self._call(batch)
+        logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
+        for part, positions in parts_of(batch):
+            logits[positions] = self._call(part)
+        return logits
+
+    def _call(self, batch: StepBatch) -> Floats:
+        """One call of the decode graph if every row has one token, else of the prefill graph."""
         wanted = batch.logits_indices if batch.logits_indices.size else np.zeros(1, dtype=np.int32)
-        decode = batch.query_lens.size == batch.token_ids.size  # every row has one token
+        decode = batch.query_lens.size == batch.token_ids.size
         tables = batch.block_tables if self._library else cached_columns(batch, self.manifest.block_size)
         arrays = (batch.token_ids, batch.positions, batch.slot_mapping, tables, batch.query_lens, batch.context_lens)
         inputs = [as_tensor(array) for array in (*arrays, wanted)]
@@ -216,6 +226,38 @@ def cached_columns(batch: StepBatch, block_size: int) -> Ints:
     """The columns of the block tables that hold cached tokens; at least one, as a graph has no empty dimension."""
     cached = int((batch.context_lens - batch.query_lens).max())
     return batch.block_tables[:, : max(1, -(-cached // block_size))]
+
+
+def scores_of(batch: StepBatch, block_size: int) -> int:
+    """Attention scores of one head that standard operators compute for a step: every token with every row's keys."""
+    rows, tokens = batch.query_lens.size, batch.token_ids.size
+    return tokens * (rows * cached_columns(batch, block_size).shape[1] * block_size + tokens)
+
+
+def parts_of(batch: StepBatch) -> Iterator[tuple[StepBatch, Ints]]:
+    """The step in several: all rows of one token together, every other row alone.
+
+    Each part comes with the positions of its logits among those of the whole step.
+    """
+    ends = np.cumsum(batch.query_lens)
+    longer = np.flatnonzero(batch.query_lens > 1)
+    for rows in (np.flatnonzero(batch.query_lens == 1), *longer[:, None]):
+        if rows.size == 0:
+            continue
+        tokens = np.concatenate([np.arange(ends[row] - batch.query_lens[row], ends[row]) for row in rows])
+        positions = np.flatnonzero(np.isin(batch.logits_indices, tokens))
+        yield (
+            StepBatch(
+                token_ids=batch.token_ids[tokens],
+                positions=batch.positions[tokens],
+                slot_mapping=batch.slot_mapping[tokens],
+                block_tables=batch.block_tables[rows],
+                query_lens=batch.query_lens[rows],
+                context_lens=batch.context_lens[rows],
+                logits_indices=np.searchsorted(tokens, batch.logits_indices[positions]).astype(np.int32),
+            ),
+            positions.astype(np.int32),
+        )
 
 
 def as_tensor(array: NDArray[np.int32]) -> Tensor:

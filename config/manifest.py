@@ -42,6 +42,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     cached_context: bool = True  # prompt rows whose first tokens are in the cache already (chunks)
     mixed_steps: bool = True  # prompt rows and decoding rows together
+    max_num_batched_tokens: int | None = None  # tokens; None: what the configuration allows
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -91,6 +91,7 @@ def write_model(
         context_length=min(config.context_length, options.context_length or config.context_length),
         block_size=options.block_size,
         cache_write="graph" if options.operators == "native" else "host",
+        capabilities=graphs.capabilities(options.operators),
         tokenizer=checkpoint.text.rules,
         inputs=inputs,
         outputs=outputs,

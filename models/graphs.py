@@ -9,7 +9,7 @@ from types import ModuleType
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
-from config.manifest import GraphTensor
+from config.manifest import Capabilities, GraphTensor
 from models import mindir, portable
 from models.checkpoint import Checkpoint
 from models.network import Network, Phase
@@ -46,6 +46,11 @@ def write_graphs(
     contracts = [mindir.inputs(mindir.read(graph)) for graph in graphs]
     assert contracts[0] == contracts[1], "prefill and decode take different inputs"
     return contracts[0], graph_outputs(config, operators)
+
+
+def capabilities(operators: str) -> Capabilities:
+    """What one call of graphs with these operators can hold."""
+    return Capabilities(max_num_batched_tokens=operator_module(operators).MAX_STEP_TOKENS)
 
 
 class Weights:

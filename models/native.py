@@ -19,6 +19,8 @@ from models.weight_map import Floats
 
 F16, F32, I32 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default
 
+MAX_STEP_TOKENS = None  # as many as the configuration allows
+
 
 def custom(name: str, *signatures: tuple[Any, ...]) -> ops.Custom:
     """An operator of our library. Each signature names the dtypes of its inputs, then of its output.

@@ -21,6 +21,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from models.network_config import NetworkConfig
 from models.weight_map import Floats
 
+MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
 
 

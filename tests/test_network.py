@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from paged_rows import Row, step
 from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny
 
+from agent import model_runner
 from agent.model_runner import ModelRunner
 from kernels import library
 from models.export import ExportOptions, Operators, choose_operators
@@ -113,3 +114,28 @@ def test_a_half_precision_cache_is_chosen_at_start(operators: Operators, tmp_pat
     expected = reference_logits(model, row.tokens)
     half.run(step([row], [9], BLOCK_SIZE))
     assert largest_difference(half.run(step([row], [1], BLOCK_SIZE)), expected[9:]) < 0.05
+
+
+def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny("llama", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported", "portable")
+    runner = open_runner(tmp_path / "exported")
+    assert runner.manifest.capabilities.max_num_batched_tokens == 128
+
+    def logits() -> list[NDArray[np.float32]]:
+        rows = [
+            Row([5, 3, 9], random_tokens(1, 20)),
+            Row([1, 8, 2], random_tokens(2, 20)),
+            Row([4], random_tokens(3, 8)),
+        ]
+        steps = ((9, 1, 4), (1, 9, 1), (1, 1, 2))
+        return [runner.run(step(rows, lengths, BLOCK_SIZE, every_position=True)) for lengths in steps]
+
+    whole = logits()
+    calls = []
+    call = runner._call
+    monkeypatch.setattr(runner, "_call", lambda batch: calls.append(batch.query_lens.tolist()) or call(batch))
+    monkeypatch.setattr(model_runner, "MAX_SCORES", 0)
+    for together, apart in zip(whole, logits(), strict=True):
+        assert largest_difference(together, apart) < 1e-5
+    assert calls == [[1], [9], [4], [1, 1], [9], [1, 1], [2]]
