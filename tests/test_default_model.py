@@ -14,9 +14,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from paged_rows import Row, step
 from serving_processes import Serving, serving
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from agent.model_runner import ModelRunner
 from models import export
 
 NEW_TOKENS = 48
@@ -152,6 +155,22 @@ def test_greedy_text_equals_the_reference(
             f"\n{compared} of {total} positions equal the reference, {total - compared} after a near tie not compared"
         )
     assert compared > total / 2
+
+
+def test_logits_of_every_position_equal_the_reference(model_folder: Path, reference: PreTrainedModel) -> None:
+    runner = ModelRunner(model_folder, cache_bytes=64 << 20, cache_dtype="float32", threads=None)
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    for prompt in PROMPTS[::10]:
+        tokens = tokenizer.encode(prompt).ids
+        row = Row(blocks=[3, 1, 2, 4], tokens=tokens)
+        first = len(tokens) // 2  # a prompt, then a chunk on what it cached
+        parts = [
+            runner.run(step([row], [length], runner.manifest.block_size, every_position=True))
+            for length in (first, len(tokens) - first)
+        ]
+        with torch.no_grad():
+            expected = reference(torch.tensor([tokens])).logits[0].numpy()
+        assert np.abs(np.concatenate(parts) - expected).max() < LOGIT_TOLERANCE
 
 
 def test_alone_gives_the_text_of_the_batch(
