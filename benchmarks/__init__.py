@@ -1,0 +1,1 @@
+"""What the project's numbers were measured with; nothing here is a test."""
