@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import msgspec
@@ -56,6 +57,9 @@ class LLMServer:
         self._loop: StepLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._accepting = False
+        self._preparing = 0  # requests whose prompt is being tokenized; they count as waiting
+        # One long prompt at a time: each takes memory many times its size, and they would hold up each other.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     @property
     def name(self) -> str:
@@ -111,6 +115,7 @@ class LLMServer:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._agents.close()
+        self._encoder.shutdown(wait=False)
 
     async def submit(
         self, prompt: str | Sequence[int], params: GenerationParams, request_id: str | None = None
@@ -120,11 +125,15 @@ class LLMServer:
         Raises:
             InvalidRequest: a field cannot be used; nothing was queued.
             Overloaded: the queue is full.
-            NotServing: the server is not started, or stopping.
+            NotServing: the server is not started, or stopping, or its agents are away for longer than a restart takes.
         """
-        self._check_open()
-        prompt_ids = await self._prompt_ids(prompt, params)
-        loop = self._check_open()
+        self._check_room(self._open_loop())
+        self._preparing += 1
+        try:
+            prompt_ids = await self._prompt_ids(prompt, params)
+        finally:
+            self._preparing -= 1
+        loop = self._open_loop()
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt_ids=prompt_ids,
@@ -136,31 +145,48 @@ class LLMServer:
         loop.add(answer)
         return RequestStream(request.request_id, tuple(prompt_ids), answer.mailbox, partial(loop.abort, request))
 
-    def _check_open(self) -> StepLoop:
+    def _open_loop(self) -> StepLoop:
         if self._loop is None or not self._accepting:
             raise NotServing("the server is stopping" if self._loop else "the server waits for its agents")
-        if self._loop.num_waiting >= self._limits.max_waiting:
-            raise Overloaded(f"{self._loop.num_waiting} requests are waiting already; try again later")
+        if self._loop.given_up:
+            raise NotServing("the agents do not answer")
         return self._loop
+
+    def _check_room(self, loop: StepLoop) -> None:
+        waiting = loop.num_waiting + self._preparing
+        if waiting >= self._limits.max_waiting:
+            raise Overloaded(f"{waiting} requests are waiting already; try again later")
 
     async def _prompt_ids(self, prompt: str | Sequence[int], params: GenerationParams) -> list[int]:
         """The prompt's tokens, cut as asked and checked."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequest("is empty", "prompt")
-            encode = partial(self.tokenizer.encode, prompt, params.add_special_tokens)
-            ids = await asyncio.to_thread(encode) if len(prompt) > ENCODE_IN_THREAD else encode()
+            encode = partial(self._encode, prompt, params)
+            in_thread = asyncio.get_running_loop().run_in_executor
+            ids = await in_thread(self._encoder, encode) if len(prompt) > ENCODE_IN_THREAD else encode()
         else:
             ids = list(prompt)
             self._check_ids(ids, "prompt")
-        if params.truncate is not None:
-            ids = ids[-params.truncate :]
+            if params.truncate is not None:
+                ids = ids[-params.truncate :]
         if not ids:
             raise InvalidRequest("is empty", "prompt")
         if len(ids) >= self.max_model_len:
             room = f"the context of {self.max_model_len} leaves no room for an answer"
             raise InvalidRequest(f"has {len(ids)} tokens; {room}", "prompt")
         return ids
+
+    def _encode(self, text: str, params: GenerationParams) -> list[int]:
+        """The tokens of ``text``, cut as asked. Long texts come here in a thread, one after another."""
+        self._open_loop()  # who waited for the thread while the server stopped is not tokenized any more
+        ids = self.tokenizer.encode(text, params.add_special_tokens)
+        if params.truncate is None:
+            return ids
+        rules = self.manifest.tokenizer
+        begins = params.add_special_tokens and rules.add_bos and ids[:1] == [rules.bos_token_id]
+        kept = ids[:1] if begins else []  # a prompt without its begin token is not what the model was trained on
+        return kept + ids[max(len(kept), len(ids) + len(kept) - params.truncate) :]
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         vocab_size = self.manifest.vocab_size

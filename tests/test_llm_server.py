@@ -190,7 +190,12 @@ def test_a_prompt_is_text_or_tokens_and_can_be_truncated(roomy: Serving) -> None
         assert (await stream.collect()).text == by_hand("hi", 5)
         stream = await server.submit("hi", greedy(5, add_special_tokens=False))
         assert stream.prompt_ids == tuple(b"hi")
-        stream = await server.submit("hello, hi", greedy(5, truncate=2))
+        for truncate, kept in ((1, b""), (3, b"hi"), (9, b"ello, hi"), (10, b"hello, hi"), (99, b"hello, hi")):
+            stream = await server.submit("hello, hi", greedy(5, truncate=truncate))
+            assert stream.prompt_ids == (BEGIN, *kept), "the begin token stays in front"
+        stream = await server.submit("hello, hi", greedy(5, truncate=2, add_special_tokens=False))
+        assert stream.prompt_ids == tuple(b"hi")
+        stream = await server.submit([BEGIN, *b"hello, hi"], greedy(5, truncate=2))
         assert stream.prompt_ids == tuple(b"hi")
 
     run(roomy, main)
@@ -250,7 +255,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(roomy: Serving) -> None:
             await asyncio.sleep(0)
             turns += 1
         assert turns > 10
-        assert (await submitting).prompt_ids == tuple(b"ompt ")
+        assert (await submitting).prompt_ids == (BEGIN, *b"mpt ")
 
     run(roomy, main)
 
@@ -357,6 +362,21 @@ def test_a_full_queue_refuses(tmp_path: Path) -> None:
 
     with agents(tmp_path, limits={"max_num_seqs": 1, "max_waiting": 2}, step_seconds=0.01) as deployment:
         run(deployment, main)
+
+
+def test_prompts_in_tokenization_count_as_waiting(roomy: Serving) -> None:
+    async def main(server: LLMServer) -> None:
+        params = greedy(1, truncate=5)
+        submitting = [asyncio.create_task(server.submit("long prompt " * 10_000, params)) for _ in range(1100)]
+        answers = await asyncio.gather(*submitting[1024:], return_exceptions=True)
+        assert [type(answer) for answer in answers] == [Overloaded] * (1100 - 1024)
+        assert not any(task.done() and task.exception() for task in submitting[:1024])
+        for task in submitting:
+            task.cancel()
+        await asyncio.gather(*submitting, return_exceptions=True)
+        assert (await collect(server, "hi", greedy(5))).text == by_hand("hi", 5)
+
+    run(roomy, main)
 
 
 def test_agents_that_die_cost_a_pause_and_no_answer(tmp_path: Path) -> None:
