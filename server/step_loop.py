@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -43,11 +42,17 @@ class StepLoop:
         self._empty = asyncio.Event()
         self._empty.set()
         self._last_answer = time.monotonic()
+        self._broken = False
 
     @property
     def ready(self) -> bool:
         """Whether every agent is connected and has answered lately."""
-        return self._agents.connected and time.monotonic() - self._last_answer < READY_SECONDS
+        return self._agents.connected and not self.given_up
+
+    @property
+    def given_up(self) -> bool:
+        """Whether new requests are better refused: the agents are away for longer than a restart, or ``run`` failed."""
+        return self._broken or time.monotonic() - self._last_answer >= READY_SECONDS
 
     @property
     def num_waiting(self) -> int:
@@ -84,12 +89,20 @@ class StepLoop:
     async def drained(self, seconds: float) -> bool:
         """Wait until no request is left, for ``seconds`` at most; whether that was enough."""
         if self._answers:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), seconds)
+            await _happens(self._empty, seconds)
         return not self._answers
 
     async def run(self) -> None:
         """Run steps for ever; cancel to stop."""
+        try:
+            await self._run_steps()
+        except Exception:
+            _log.exception("no more steps are run; restart the app")
+            self._broken = True
+            self._fail_all()
+            await self._agents.close()
+
+    async def _run_steps(self) -> None:
         while True:
             step: Step | None = None
             try:
@@ -135,9 +148,7 @@ class StepLoop:
         self._deliver()
         self._scheduler.check()
         self._work.clear()
-        try:
-            await asyncio.wait_for(self._work.wait(), PROBE_SECONDS)
-        except asyncio.TimeoutError:
+        if not await _happens(self._work, PROBE_SECONDS):
             await self._probe()
 
     async def _probe(self) -> None:
@@ -177,10 +188,13 @@ class StepLoop:
         answer.last_token_at = now
 
     def _end(self, answer: Answer, reason: FinishReason) -> None:
-        """The one place where a request ends, for whatever reason."""
+        """End a request, for whatever reason."""
+        self._scheduler.finish(answer.request, reason)
+        self._forget(answer, reason)
+
+    def _forget(self, answer: Answer, reason: FinishReason) -> None:
         request = answer.request
         del self._answers[request]
-        self._scheduler.finish(request, reason)
         self._metrics.finished[reason].inc()
         self._metrics.whole_request.observe(time.monotonic() - request.arrival)
         tokens = f"{len(request.prompt_ids)} + {len(request.output_ids)} tokens"
@@ -191,8 +205,8 @@ class StepLoop:
     def _fail(self, step: Step | None) -> None:
         """End the requests of a step that went wrong; without a step, the scheduler itself did, and all of them end."""
         if step is None:
-            self._fail_answers(list(self._answers))
             self._scheduler = self._new_scheduler()
+            self._fail_all()
         else:
             late = self._undelivered.requests if self._undelivered else ()
             self._scheduler.fail(step)
@@ -204,8 +218,13 @@ class StepLoop:
         for request in requests:
             if answer := self._answers.get(request):
                 self._end(answer, "error")
-                where = f"the server's log says why, under request {request.request_id}"
-                answer.fail(GenerationFailed(f"the answer could not be finished; {where}"))
+                answer.fail(_failure(request))
+
+    def _fail_all(self) -> None:
+        """End all requests without their scheduler, which cannot be trusted any more."""
+        for request, answer in list(self._answers.items()):
+            self._forget(answer, "error")
+            answer.fail(_failure(request))
 
     async def _reconnect(self) -> None:
         """Wait for the agents to come back; what was running is recomputed then, to the same tokens."""
@@ -233,3 +252,21 @@ class StepLoop:
             max_num_seqs=min(self._hello.max_num_seqs, self._limits.max_num_seqs),
             max_num_batched_tokens=min(self._hello.max_num_batched_tokens, self._limits.max_num_batched_tokens),
         )
+
+
+def _failure(request: Request) -> GenerationFailed:
+    where = f"the server's log says why, under request {request.request_id}"
+    return GenerationFailed(f"the answer could not be finished; {where}")
+
+
+async def _happens(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for ``event``, for ``seconds`` at most; whether it is set.
+
+    Before Python 3.12, ``asyncio.wait_for`` drops a cancellation that arrives together with the event.
+    """
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((waiting,), timeout=seconds)
+    finally:
+        waiting.cancel()
+    return event.is_set()

@@ -27,10 +27,11 @@ from agent.protocol import (
 )
 from config.manifest import read_manifest
 from config.serving_config import load
-from server.errors import GenerationFailed
+from server.errors import GenerationFailed, NotServing
 from server.llm_server import LLMServer
 from server.request import GenerationParams
 from server.request_stream import Increment
+from server.scheduler import Scheduler
 
 SECRET = b"a secret of thirty-two bytes ..."
 MANIFEST = read_manifest(ROOT / "config/standin")
@@ -187,5 +188,58 @@ def test_agents_that_come_back_different_are_refused(
         assert "came back with another model" in caplog.text
         assert (await generate(server)).text == "aaaaa"
         assert agent.connections == 3
+
+    run(tmp_path, agent, main)
+
+
+def test_stopping_in_the_moment_in_which_work_arrives(tmp_path: Path) -> None:
+    async def main(server: LLMServer) -> None:
+        await generate(server)
+        for _ in range(10):
+            await asyncio.sleep(0)  # the loop is idle then
+        (await server.submit("hi", GenerationParams(max_new_tokens=5))).abort()
+        await asyncio.wait_for(server.stop(), 30)
+
+    run(tmp_path, ScriptedAgent(), main)
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("broken")
+
+
+def test_a_scheduler_that_breaks_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(server: LLMServer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "schedule", broken)
+            patch.setattr(Scheduler, "finish", broken)
+            await fails(server)
+        assert (await generate(server)).text == "aaaaa"
+
+    run(tmp_path, ScriptedAgent(), main)
+
+
+def test_a_loop_that_ends_ends_its_requests_and_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(server: LLMServer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "schedule", broken)
+            patch.setattr(Scheduler, "__init__", broken)
+            await fails(server)
+        assert not server.ready
+        with pytest.raises(NotServing):
+            await generate(server)
+
+    run(tmp_path, ScriptedAgent(), main)
+
+
+def test_agents_that_stay_away_are_not_queued_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = ScriptedAgent(replies=[letters, lambda plan: None])
+
+    async def main(server: LLMServer) -> None:
+        first = await server.submit("hi", GenerationParams(max_new_tokens=5))
+        with monkeypatch.context() as patch:
+            patch.setattr("server.step_loop.READY_SECONDS", 0.0)
+            with pytest.raises(NotServing, match="do not answer"):
+                await generate(server)
+        assert (await first.collect()).text == "aaaaa"
 
     run(tmp_path, agent, main)
