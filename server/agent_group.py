@@ -215,7 +215,7 @@ class _Agent:
             raise AgentsLost(f"the agent at {self.address}: {error.strerror or error}") from None
 
     async def close(self) -> None:
-        self._writer.close()
+        self._writer.transport.abort()  # what is unsent is of no use, and a stuck agent would never take it
         try:
             await self._writer.wait_closed()
         except OSError:
