@@ -52,7 +52,8 @@ class Sampler:
         self._taken[seat] = True
         self._penalized[seat] = penalized
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0
-        self._num_logprobs[seat] = params.top_logprobs if params.logprobs or params.top_logprobs else -1
+        scored = params.logprobs or params.top_logprobs
+        self._num_logprobs[seat] = min(params.top_logprobs, self._vocab_size) if scored else -1
         self._settings[seat] = (
             max(params.temperature, MIN_TEMPERATURE) if params.temperature else 0.0,
             min(params.top_k, self._vocab_size),

@@ -271,6 +271,10 @@ def test_logprobs_are_of_raw_logits_and_only_for_rows_that_ask() -> None:
     assert np.isnan(best).sum(axis=1).tolist() == [3, 3, 0, 2]
     assert ids[2].tolist() == np.argsort(-logits[2])[:3].tolist()
     assert ids[3, 0] == logits[3].argmax()
+    sampler.reset(reset(SamplingParams(top_logprobs=1_000_000), [1], [2], 1))
+    _, ids, best = sampler.logprobs(logits, seats, tokens)
+    assert ids.shape == (4, 50), "no more than there are"
+    assert sorted(ids[1].tolist()) == list(range(50))
     nobody = sampler.logprobs(logits[:1], seats[:1], tokens[:1])
     assert [array.size for array in nobody] == [0, 0, 0]
 
