@@ -11,8 +11,8 @@ from agent.agent import Agent
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
 from agent.listener import Listener
 from agent.runner import open_runner
-from agent.secret_file import read_secret
 from config.log_file import log_to_file
+from config.secret_file import read_secret
 
 logger = logging.getLogger("agent")
 

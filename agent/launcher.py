@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.agent_process import AgentProcess, StartError
 from agent.lifeline import AgentSettings
-from agent.secret_file import create_secret
+from config.secret_file import create_secret
 from config.serving_config import ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish

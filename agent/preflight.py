@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.listener import bind
-from agent.secret_file import SecretError, read_secret
 from config.manifest import ManifestError, read_manifest
+from config.secret_file import SecretError, read_secret
 from config.serving_config import ModelConfig, ServingConfig
 
 MIN_BLOCKS = 3  # the null block, and two for the proof that prefill and decode share a cache

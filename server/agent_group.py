@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from agent.protocol import (
     StepPlan,
 )
 from config.manifest import Manifest
+from config.secret_file import SecretError, read_secret
 from config.serving_config import ModelConfig
 
 RETRY_SECONDS = 0.2  # between two attempts to reach agents that are not there: nothing tells when they are
@@ -139,12 +139,9 @@ class AgentGroup:
     def _read_secret(self) -> bytes:
         """The secret that the agents of now have: each start of theirs writes a new one."""
         try:
-            secret = self._secret_path.read_bytes()
-        except OSError as error:
-            raise OSError(f"the secret file {self._secret_path} cannot be read: {error.strerror}") from None
-        if not 0 < len(secret) <= hashlib.blake2b.MAX_KEY_SIZE:
-            raise OSError(f"the secret file {self._secret_path} holds {len(secret)} bytes, which is no secret of ours")
-        return secret
+            return read_secret(self._secret_path)
+        except SecretError as error:
+            raise OSError(f"the secret file {error}") from None
 
     def _agree(self, hellos: Sequence[Hello]) -> Hello:
         """Check the greetings against the manifest and each other."""

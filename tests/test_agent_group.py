@@ -112,7 +112,10 @@ def test_it_waits_and_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
         await logged(caplog, "secret file")
         secret.parent.mkdir(exist_ok=True)
         secret.write_bytes(b"")
-        await logged(caplog, "no secret of ours")
+        secret.chmod(0o644)
+        await logged(caplog, "other users can read it")
+        secret.chmod(0o600)
+        await logged(caplog, "holds 0 bytes")
         secret.write_bytes(b"x" * 32)
         await logged(caplog, str(config.models[0].agent_ports[0]))
         await asyncio.to_thread(deployment.start_agents)
@@ -124,7 +127,7 @@ def test_it_waits_and_says_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
     finally:
         deployment.stop()
     waits = [record for record in caplog.messages if "waiting for the agents" in record]
-    assert len(waits) <= 6, "a reason is logged once, not at every attempt"
+    assert len(waits) <= 7, "a reason is logged once, not at every attempt"
 
 
 async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
@@ -145,6 +148,7 @@ def test_with_a_wrong_secret_nothing_is_said(
         model = load(deployment.config_path).models[0]
         secret = tmp_path / "secret"
         secret.write_bytes(b"not the secret of these agents..")
+        secret.chmod(0o600)
         agents = AgentGroup(model, read_manifest(model.path), secret)
         connecting = asyncio.create_task(agents.connect())
         await logged(caplog, "has it the same secret file")

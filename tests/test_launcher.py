@@ -24,8 +24,8 @@ from serving_processes import ROOT, Process, free_ports, standin_deployment
 from step_plans import Sequenced, make_plan
 
 from agent.arithmetic_model import BEGIN, write_model
-from agent.secret_file import create_secret, read_secret
 from config.manifest import read_manifest, write_manifest
+from config.secret_file import create_secret, read_secret
 from config.version import __version__
 
 SECONDS = 30.0

@@ -102,6 +102,7 @@ def run(folder: Path, agent: ScriptedAgent, main: Callable[[LLMServer], Awaitabl
         port = listener.sockets[0].getsockname()[1]
         secret = folder / "secret"
         secret.write_bytes(SECRET)
+        secret.chmod(0o600)
         deployment = standin_deployment(folder, [{"agent_ports": [port], "secret_file": str(secret)}])
         config = load(deployment.config_path)
         server = LLMServer(config.models[0], config)
