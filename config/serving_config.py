@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -107,7 +108,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 def parse_size(text: str) -> int:
     """``"512MiB"`` → bytes. Units: B, KiB, MiB, GiB, TiB (powers of 1,024) and KB, MB, GB, TB (powers of 1,000)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size; write it like 512MiB or 1GB")
     number, prefix, binary = match.groups()
@@ -124,11 +125,13 @@ def load(path: str | Path) -> ServingConfig:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     try:
         config = msgspec.convert(raw, ServingConfig)
     except msgspec.ValidationError as error:
@@ -146,6 +149,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's plain values. A key given twice is an error: the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """One mapping of the file.
+
+        Raises:
+            ConfigError: one of its keys is there twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConfigError(f"{key.value}: given twice, the second time in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(error: str) -> str:
@@ -177,6 +198,8 @@ def _problems(config: ServingConfig) -> Iterator[str]:
     """What the types cannot say: each problem names its key."""
     if not config.models:
         yield "models: needs at least one model"
+    if not math.isfinite(config.server.drain_seconds):
+        yield "server.drain_seconds: needs a finite number"
     hosts = [("server.host", config.server.host)]
     hosts += [(f"models[{i}].agent_host", model.agent_host) for i, model in enumerate(config.models)]
     for key, host in hosts:
@@ -214,5 +237,11 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         if template not in (*PROMPT_TEMPLATES, CHAT_TEMPLATE) and "{prompt}" not in template:
             known = ", ".join((*PROMPT_TEMPLATES, CHAT_TEMPLATE))
             yield f"{key}.prompt_templates.{name}: {template!r} is none of {known}, nor a text with {{prompt}} in it"
+    if not math.isfinite(model.step_seconds):
+        yield f"{key}.step_seconds: needs a finite number"
     if model.step_seconds and model.target != "standin":
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"
+    if model.cache_dtype != "float32" and model.target == "standin":
+        yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
+    if model.threads is not None and model.target == "standin":
+        yield f"{key}.threads: the stand-in model computes in one thread"

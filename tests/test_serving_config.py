@@ -1,0 +1,39 @@
+"""Mistakes in a deployment's file: each is an error that names its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from config.serving_config import ConfigError, load, parse_size
+
+STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("server: {port: 1, host: localhost, port: 2}", "port: given twice, the second time in line 1"),
+        (f"limits: {{}}\n{STANDIN % ''}\nlimits: {{}}", "limits: given twice, the second time in line 3"),
+        (STANDIN % ", cache_dtype: float16", r"models\[0\].cache_dtype: the stand-in"),
+        (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
+        (STANDIN % ", step_seconds: .inf", r"models\[0\].step_seconds: needs a finite"),
+        (STANDIN % ", step_seconds: .nan", r"models\[0\].step_seconds: "),
+        (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),
+        (STANDIN % "" + "\nserver: {drain_seconds: .inf}", "server.drain_seconds: needs a finite"),
+        (STANDIN % "" + "\nserver: {drain_seconds: .nan}", "server.drain_seconds: "),
+        (STANDIN % "" + "\nserver: {prot: 1}", "server.prot: unknown key, did you mean port"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, content: str, problem: str) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"deployment.yaml: {problem}"):
+        load(path)
+
+
+def test_sizes() -> None:
+    assert parse_size("512MiB") == 512 << 20
+    assert parse_size("1.5 GB") == 1_500_000_000
+    assert parse_size("999999999999999TiB") == 999_999_999_999_999 << 40
