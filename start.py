@@ -84,7 +84,8 @@ async def _stop_agents(agents: asyncio.subprocess.Process, ended: asyncio.Task[i
 def _announce(line: str, config: ServingConfig) -> None:
     print(line, flush=True)  # noqa: T201
     if line == STARTED:
-        url = f"http://{config.server.host}:{config.server.port}/models/{config.models[0].names[0]}/generate_stream"
+        host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+        url = f"http://{host}:{config.server.port}/models/{config.models[0].names[0]}/generate_stream"
         body = '{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 40}}'
         print(f"try: curl -N {url} -H 'Content-Type: application/json' -d '{body}'", flush=True)  # noqa: T201
 

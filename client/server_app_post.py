@@ -63,7 +63,14 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
         await deployment.stop(drain_seconds=0)
 
     # No documentation pages: FastAPI's load their scripts from another host
-    app = FastAPI(title="MindSpore LLM serving", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="MindSpore LLM serving",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # the redirect would go wherever the request's Host header says
+    )
     app.state.deployment = deployment
     app.add_middleware(HttpEdge, max_body_bytes=config.limits.max_body_bytes)
     errors.install(app)

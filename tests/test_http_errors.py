@@ -61,6 +61,16 @@ def test_what_cannot_be_used_is_refused_by_name(client: httpx.Client, path: str,
     assert (field or "the body") in answer["error"]
 
 
+def test_a_long_unknown_name_is_cut(client: httpx.Client) -> None:
+    answer = refusal(client.post(PATHS[0], json={"inputs": "x", "k" * 200_000: 1}), 422)
+    assert answer["field"] == "k" * 100
+    assert len(answer["error"]) < 200
+
+
+def test_a_slash_too_many_is_a_404_and_not_a_redirect(client: httpx.Client) -> None:
+    refusal(client.post(PATHS[0] + "/", json={"inputs": "x"}, headers={"host": "elsewhere"}), 404)
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_json_does_not_have_are_refused_by_name(client: httpx.Client, number: str) -> None:
     body = '{"inputs": "x", "parameters": {"do_sample": true, "temperature": ' + number + "}}"

@@ -11,7 +11,7 @@ import pytest
 from legacy_client import ask, event_text, events, line_text, lines, stream
 from serving_processes import START_SECONDS, Serving
 
-from agent.arithmetic_model import answer
+from agent.arithmetic_model import BEGIN, answer
 from client.routes.legacy_formats import Events
 
 PROMPTS = ["hi", "What is the capital of France?", "你好,世界", "🙂🙃 emoji", "def f(x):\n\treturn x", "é" * 40, " "]
@@ -239,7 +239,9 @@ def test_details_stand_only_where_asked_for(client: httpx.Client, asking: dict[s
 
 def test_truncate_keeps_the_end_of_the_prompt(client: httpx.Client) -> None:
     cut = ask(client, "abcdefgh", truncate=3, max_new_tokens=4, decoder_input_details=True)
-    assert [token["text"] for token in cut["details"]["prefill"]] == ["f", "g", "h"]
+    begin, *kept = cut["details"]["prefill"]
+    assert begin["id"] == BEGIN
+    assert [token["text"] for token in kept] == ["g", "h"]
     assert ask(client, "x" * 9000, truncate="100", max_new_tokens=4)["generated_text"]
 
 

@@ -26,6 +26,7 @@ STATUS_TEXTS = {
     405: "this path does not take this method",
 }
 FIELD_NAMES = {"prompt": "inputs", "messages": "inputs"}  # the server's names → those of these routes
+MAX_FIELD_CHARACTERS = 100  # of a name that the client made up
 CLIENT_LEFT = 499  # as nginx writes it
 INTERNAL = "the server could not finish this request; its log says why under request id {}"
 
@@ -109,4 +110,4 @@ def _field_name(place: tuple[int | str, ...]) -> str | None:
     names = [part for part in place[1:] if isinstance(part, str)]
     if names[:1] == ["parameters"] and len(names) > 1:
         names = names[1:]
-    return names[0] if names else None
+    return names[0][:MAX_FIELD_CHARACTERS] if names else None
