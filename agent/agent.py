@@ -74,7 +74,7 @@ class Agent:
     def _serve(self, server: Connection, listener: Listener) -> None:
         self._sampler.clear()
         server.send(self.hello)
-        while (plan := server.receive()) and not listener.closed:
+        while (plan := server.receive()) and not listener.closed and server.replaced_by is None:
             if not isinstance(plan, StepPlan):
                 raise ProtocolError(f"a server sends plans, not {type(plan).__name__}")
             server.send(self.answer(plan))

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 
-from agent.protocol import GREETING, HEADER, Attach, Channel, Message, ProtocolError
+from agent.protocol import GREETING, HEADER, Attach, Channel, Message, ProtocolError, Replaced
+
+FAREWELL_SECONDS = 10.0  # for the step that runs when another server comes, and the last frame
 
 
 class Connection:
-    """An accepted socket with its channel. One thread reads and writes; others may only ``interrupt`` it."""
+    """An accepted socket with its channel. One thread reads and writes; others may ``interrupt`` or ``replace`` it.
+
+    Attributes:
+        replaced_by: the process id of the server that has taken the agent from this one.
+    """
 
     def __init__(self, accepted: socket.socket, secret: bytes) -> None:
         self._socket = accepted
         self._channel = Channel(secret, "agent")
         self._deadline: float | None = None
+        self._closed = threading.Event()
+        self.replaced_by: int | None = None
 
     def authenticate(self, seconds: float) -> Attach:
         """Exchange greetings and take the first frame, all within ``seconds``.
@@ -50,7 +59,19 @@ class Connection:
         with contextlib.suppress(OSError):  # closed already
             self._socket.shutdown(socket.SHUT_RDWR if writing else socket.SHUT_RD)
 
+    def replace(self, pid: int) -> None:
+        """Let the thread that reads say farewell and close; a peer that does not take its last answer is cut off."""
+        self.replaced_by = pid
+        self.interrupt(writing=False)
+        if not self._closed.wait(FAREWELL_SECONDS):
+            self.interrupt(writing=True)
+
     def close(self) -> None:
+        """Close the connection, and tell a server that is replaced by whom."""
+        if self.replaced_by is not None:
+            with contextlib.suppress(OSError):  # it has gone
+                self.send(Replaced(pid=self.replaced_by))
+        self._closed.set()
         self._socket.close()
 
     def _read(self, size: int, *, may_end: bool = False) -> bytes:

@@ -85,10 +85,10 @@ class Listener:
             self._handshakes.release()
         logger.info("the server with pid %d on %s has attached", attach.pid, host)
         with self._lock:
-            if self._newest:
-                self._newest.interrupt(writing=True)
-            self._newest = connection
+            before, self._newest = self._newest, connection
             self._servers.put(connection)
+        if before:
+            before.replace(attach.pid)
 
 
 def bind(host: str, port: int) -> socket.socket:

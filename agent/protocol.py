@@ -16,7 +16,8 @@ bytes of little-endian ``int32`` or ``float32`` numbers; ``ints`` and ``floats``
 
 The server's first frame is ``Attach``, which proves that it knows the secret and takes the agent over from an earlier
 connection; the agent forgets what that one left in its seats and answers with ``Hello``. From then on it answers every
-``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order.
+``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order. ``Replaced`` is the last frame to a server whose agent
+another one has taken.
 """
 
 from __future__ import annotations
@@ -127,6 +128,12 @@ class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     pid: int
 
 
+class Replaced(msgspec.Struct, frozen=True, kw_only=True, tag="replaced"):
+    """The agent serves another server now, the one with this ``pid``, and closes the connection."""
+
+    pid: int
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """What an agent says of itself when a server connects: shapes from its manifest, the rest from its own start."""
 
@@ -146,7 +153,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     pid: int
 
 
-Message = Attach | Hello | StepPlan | StepOutput | StepError
+Message = Attach | Hello | Replaced | StepPlan | StepOutput | StepError
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -18,6 +18,7 @@ from agent.protocol import (
     Hello,
     Message,
     ProtocolError,
+    Replaced,
     StepError,
     StepOutput,
     StepPlan,
@@ -34,6 +35,10 @@ _log = logging.getLogger(__name__)
 
 class AgentsLost(ConnectionError):
     """The connection to an agent broke, and with it every answer that was under way."""
+
+
+class AgentsTaken(AgentsLost):
+    """Another server has taken an agent from us; the message says which."""
 
 
 class AgentsRefused(Exception):
@@ -93,7 +98,7 @@ class AgentGroup:
 
         Raises:
             StepFailed: a rank could not run the plan.
-            AgentsLost: a connection broke. All are closed then.
+            AgentsLost: a connection broke, or (``AgentsTaken``) another server has an agent. All are closed then.
         """
         if not self._ready:
             raise AgentsLost("there is no connection to the agents")
@@ -203,13 +208,17 @@ class _Agent:
 
         Raises:
             AgentsLost: the connection broke; the message names the agent.
+            AgentsTaken: it serves another server now.
         """
         try:
-            return await self.receive()
+            message = await self.receive()
         except asyncio.IncompleteReadError:
             raise AgentsLost(f"the agent at {self.address} closed the connection") from None
         except OSError as error:
             raise AgentsLost(f"the agent at {self.address}: {error.strerror or error}") from None
+        if isinstance(message, Replaced):
+            raise AgentsTaken(f"at the agent at {self.address} replaced by the server with pid {message.pid}")
+        return message
 
     async def close(self) -> None:
         self._writer.transport.abort()  # what is unsent is of no use, and a stuck agent would never take it

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from agent.protocol import Hello
 from config.serving_config import LimitsConfig
-from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed, alike
+from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, AgentsTaken, StepFailed, alike
 from server.answer import Answer
 from server.block_manager import BlockManager
 from server.errors import GenerationFailed
@@ -22,6 +22,7 @@ from server.step_result import StepResult
 PROBE_SECONDS = 2.0  # idle agents are asked for a sign of life this often
 READY_SECONDS = 30.0  # without a sign for this long, they are not ready; a step of a large model takes seconds
 REFUSED_SECONDS = 5.0  # between two looks at agents that came back and cannot serve this model
+TAKEN_SECONDS = 30.0  # before agents are taken back from another server, or the two would take turns at every step
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,10 @@ class StepLoop:
                     await self._reconnect()
                 step = self._scheduler.schedule()
                 await (self._run_step(step) if step else self._idle())
+            except AgentsTaken as error:
+                self.batch_size = 0
+                _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
+                await asyncio.sleep(TAKEN_SECONDS)
             except AgentsLost as error:
                 _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
             except StepFailed as error:

@@ -24,6 +24,7 @@ from agent.protocol import (
     Attach,
     Floats,
     Hello,
+    Replaced,
     SamplingParams,
     StepError,
     StepOutput,
@@ -176,6 +177,7 @@ def test_a_new_server_takes_over_and_the_agent_forgets_the_old_one(agent: Runnin
     with agent.attach() as old:
         generate(old, [old_request], 3)
         with agent.attach() as new:
+            assert old.receive() == Replaced(pid=1)
             assert old.is_closed()
             assert "holds no request" in new.refused(make_plan([old_request.row()]))
             generate(new, [request], 20)

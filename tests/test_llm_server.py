@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,18 @@ def test_prompts_in_tokenization_count_as_waiting(roomy: Serving) -> None:
             task.cancel()
         await asyncio.gather(*submitting, return_exceptions=True)
         assert (await collect(server, "hi", greedy(5))).text == by_hand("hi", 5)
+
+    run(roomy, main)
+
+
+def test_two_servers_on_the_same_agents_do_not_take_turns(roomy: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    async def main(first: LLMServer) -> None:
+        assert (await collect(first, "hi", greedy(5))).text == by_hand("hi", 5)
+        async with started(roomy) as second:
+            await until(lambda: not first.ready)
+            assert await read(second, PROMPTS, greedy(50)) == [by_hand(prompt, 50) for prompt in PROMPTS]
+            assert second.ready
+        assert f"replaced by the server with pid {os.getpid()}" in caplog.text
 
     run(roomy, main)
 

@@ -19,6 +19,7 @@ from agent.protocol import (
     Channel,
     Hello,
     Message,
+    Replaced,
     StepError,
     StepOutput,
     StepPlan,
@@ -242,5 +243,37 @@ def test_agents_that_stay_away_are_not_queued_for(tmp_path: Path, monkeypatch: p
             with pytest.raises(NotServing, match="do not answer"):
                 await generate(server)
         assert (await first.collect()).text == "aaaaa"
+
+    run(tmp_path, agent, main)
+
+
+def test_a_server_that_is_replaced_says_by_whom_and_holds_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = ScriptedAgent(replies=[letters, lambda plan: Replaced(pid=77)])
+
+    async def main(server: LLMServer) -> None:
+        first = await server.submit("hi", GenerationParams(max_new_tokens=5))
+        for _ in range(3000):
+            if "replaced by the server with pid 77" in caplog.text:
+                break
+            await asyncio.sleep(0.01)
+        else:
+            pytest.fail("not said within 30 s")
+        assert not server.ready
+        first.abort()
+        await server.stop()
+        assert agent.connections == 1, "the agent is left alone for a while"
+
+    run(tmp_path, agent, main)
+
+
+def test_a_server_that_is_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.step_loop.TAKEN_SECONDS", 0.0)
+    agent = ScriptedAgent(replies=[letters, lambda plan: Replaced(pid=77)])
+
+    async def main(server: LLMServer) -> None:
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 2
 
     run(tmp_path, agent, main)
