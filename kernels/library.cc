@@ -16,7 +16,7 @@ extern "C" {
 // Threads of every operator from now on; not while one runs.
 void native_set_threads(int threads) { native::ThreadPool::shared().resize(threads); }
 
-// Why the last failing operator failed.
+// Why the last operator failed; empty if it did not. Valid until the next call of one.
 const char *native_last_error() { return native::last_error_text().c_str(); }
 
 }  // extern "C"

@@ -84,7 +84,7 @@ def build() -> Path:
             [command, *FLAGS, *cpu_flags(), *files, "-o", str(output)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise BuildError(f"{command} failed:\n{done.stderr.strip()}")
+            raise BuildError(f"{command} failed; GCC 12 or clang is known to do\n{done.stderr.strip()}")
         output.replace(target)
     return target
 
@@ -103,19 +103,18 @@ class Library:
         self._handle.native_set_threads(ctypes.c_int(threads))
 
     def last_error(self) -> str:
-        """Why the last failing operator failed; empty if none did."""
+        """Why the last operator failed; empty if it did not."""
         text: bytes = self._handle.native_last_error()
         return text.decode(errors="replace")
 
 
 def main() -> int:
-    """Build and report; 0 also where there is no compiler, since everything runs without one."""
+    """Build and report; 0 also where that fails, since everything runs without them."""
     try:
         print(f"C++ operators: {build()}")  # noqa: T201
     except BuildError as error:
         print(f"C++ operators: not built: {error}", file=sys.stderr)  # noqa: T201
         print("models will run on MindSpore's standard operators, which are several times slower", file=sys.stderr)  # noqa: T201
-        return 0 if compiler() is None else 1
     return 0
 
 

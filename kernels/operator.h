@@ -18,9 +18,9 @@ enum TypeId : int { kNumberTypeFloat16 = 42, kNumberTypeFloat32 = 43 };
 
 namespace native {
 
+// Why the last operator failed; empty if it did not.
 std::string &last_error_text();
 
-// The message stays valid until the next failing call.
 inline int fail(const char *op, const std::string &why) {
   last_error_text() = std::string(op) + ": " + why;
   return 1;
@@ -66,6 +66,7 @@ class Arguments {
 // Runs an operator's body and turns what it throws into MindSpore's return code.
 template <typename Body>
 int guarded(const char *op, Body &&body) {
+  last_error_text().clear();
   try {
     body();
     return 0;

@@ -262,6 +262,7 @@ Call checked(const Arguments &a) {
   c.table_width = a.dim(3, 1);
   c.block_size = a.dim(6, 1);
   c.dim = a.dim(6, 3);
+  require(c.block_size > 0, "blocks hold no token");
   require(c.kv_heads > 0 && c.heads % c.kv_heads == 0, "query heads are not a multiple of key/value heads");
   require(c.heads / c.kv_heads <= 64, "more than 64 query heads share a key/value head");
   require(c.dim % 2 == 0 && c.dim > 0 && c.dim <= kMaxHeadDim, "head size must be even and at most 256");

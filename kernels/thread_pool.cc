@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <utility>
+
 namespace native {
 namespace {
 
@@ -36,14 +38,19 @@ void ThreadPool::resize(int threads) {
 
 // Takes the next task of `job` and does it; false when none is left or the job is over.
 bool ThreadPool::take_one(uint32_t job) {
-  const uint32_t count = count_.load(std::memory_order_relaxed);
-  const Call call = call_.load(std::memory_order_relaxed);
-  const void *context = context_.load(std::memory_order_relaxed);
+  const uint32_t count = count_.load(std::memory_order_acquire);
+  const Call call = call_.load(std::memory_order_acquire);
+  const void *context = context_.load(std::memory_order_acquire);
   uint64_t next = next_.load(std::memory_order_acquire);
   do {
     if (static_cast<uint32_t>(next >> 32) != job || static_cast<uint32_t>(next) >= count) return false;
   } while (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel));
-  call(context, static_cast<uint32_t>(next));
+  try {
+    call(context, static_cast<uint32_t>(next));
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!failure_) failure_ = std::current_exception();
+  }
   done_.fetch_add(1, std::memory_order_release);
   return true;
 }
@@ -55,9 +62,9 @@ void ThreadPool::dispatch(uint32_t count, Call call, const void *context) {
   }
   const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
   next_.store(static_cast<uint64_t>(job) << 32 | UINT32_MAX, std::memory_order_seq_cst);  // nothing to take yet
-  count_.store(count, std::memory_order_relaxed);
-  call_.store(call, std::memory_order_relaxed);
-  context_.store(context, std::memory_order_relaxed);
+  count_.store(count, std::memory_order_release);
+  call_.store(call, std::memory_order_release);
+  context_.store(context, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
   next_.store(static_cast<uint64_t>(job) << 32, std::memory_order_release);
   job_.store(job, std::memory_order_seq_cst);
@@ -74,6 +81,12 @@ void ThreadPool::dispatch(uint32_t count, Call call, const void *context) {
       std::this_thread::yield();  // the one that is not done may wait for this core
     }
   }
+  std::exception_ptr failure;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::swap(failure, failure_);
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 void ThreadPool::work() {

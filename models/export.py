@@ -15,15 +15,25 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
-from config.manifest import Manifest, ManifestError, file_digest, read_manifest, verify_files, write_manifest
+from config.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ManifestError,
+    file_digest,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from config.version import __version__
 from kernels import library
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, source_digest
@@ -52,27 +62,34 @@ def export(path: Path, folder: Path, options: ExportOptions) -> Manifest:
         CheckpointError: there is none that can be served.
         OSError: the disk is full, or the folder cannot be written.
     """
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         digests = source_digest(path), options_digest(options)
         if (present := matching(folder, *digests)) is not None:
             logger.info("%s is exported already", folder)
             return present
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
+        checkpoint = open_checkpoint(path)
+        from models import graphs  # here: MindSpore takes seconds to import, and a reused export does not need it
+
+        with interruptible(), tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
             fresh = Path(scratch) / "model"
             fresh.mkdir()
-            manifest = write_model(open_checkpoint(path), fresh, options, *digests)
+            manifest = write_model(graphs, checkpoint, fresh, options, *digests)
             write_manifest(fresh, manifest)
             replace_folder(fresh, folder, Path(scratch) / "replaced")
         return manifest
 
 
 def write_model(
-    checkpoint: Checkpoint, folder: Path, options: ExportOptions, from_digest: str, export_digest: str
+    graphs: ModuleType,
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: ExportOptions,
+    from_digest: str,
+    export_digest: str,
 ) -> Manifest:
     """Write everything but the manifest into the empty ``folder`` and return that."""
-    from models import graphs  # here: MindSpore takes seconds to import, and an export that is reused does not need it
-
     config = checkpoint.config
     inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, options.block_size)
     checkpoint.text.write(folder)
@@ -146,10 +163,45 @@ def partial_prefix(folder: Path) -> str:
 
 
 def replace_folder(fresh: Path, folder: Path, aside: Path) -> None:
-    """Put ``fresh`` in the place of ``folder``; at no time is there half of either."""
-    if folder.exists():
-        folder.rename(aside)
-    fresh.rename(folder)
+    """Put ``fresh`` in the place of ``folder``; at no time is there half of either, and a failure restores the old."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    folder.rename(aside)
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+
+
+def check_replaceable(folder: Path) -> None:
+    """See that nothing but an earlier export would be replaced.
+
+    Raises:
+        CheckpointError: ``folder`` is a file, or holds something else.
+    """
+    ours = not folder.exists() or (folder.is_dir() and ((folder / MANIFEST_FILE).is_file() or not any(folder.iterdir())))
+    if not ours:
+        raise CheckpointError(f"{folder}: exists and is not an exported model; choose another --output")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, so that what is half written is removed.
+
+    Elsewhere they end the process at once: there is nothing to remove, and MindSpore's import survives no exception.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def default_checkpoint() -> Path:
@@ -207,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors, not its warnings
     if args.context_length is not None and args.context_length < 1:
         parser.error("--context-length: must be at least 1")
     begin = time.monotonic()
@@ -232,5 +285,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors, not its warnings
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # see interruptible
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +44,8 @@ def write_graphs(
     write_graph(TopK(), folder / "topk.mindir", logits, numbers, ints)
     graphs = [folder / f"{phase}.mindir" for phase in PHASES]
     mindir.detach(graphs, folder / mindir.WEIGHTS_FILE)
+    for left in folder.glob("*_variables"):
+        shutil.rmtree(left)
     contracts = [mindir.inputs(mindir.read(graph)) for graph in graphs]
     assert contracts[0] == contracts[1], "prefill and decode take different inputs"
     return contracts[0], graph_outputs(config, operators)
@@ -103,5 +106,11 @@ def dynamic(dtype: ms.Type, *shape: int | None) -> Tensor:
 
 
 def write_graph(cell: nn.Cell, path: Path, *inputs: Tensor) -> None:
-    """Compile ``cell`` for ``inputs`` and write it to ``path``, which ends in .mindir."""
+    """Compile ``cell`` for ``inputs`` and write it to ``path``, which ends in .mindir.
+
+    Weights beyond 1 GB stand in a folder beside it; ``mindir.detach`` takes them from either place.
+    """
     ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR")
+    split = path.with_name(f"{path.stem}_graph.mindir")
+    if split.exists():
+        split.rename(path)

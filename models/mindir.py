@@ -1,8 +1,8 @@
 """MindIR files as data: their contract, their weights, their links to our library. Nothing here runs a graph.
 
-MindSpore writes each graph with all its weights inside and with absolute paths to C++ operators. ``detach`` makes of
-a prefill and a decode graph two small files on one common weights file, free of paths; ``attach`` gives a loader's
-copy the path of this machine's library again, and only of ours.
+MindSpore writes each graph with all its weights, inside or (beyond 1 GB) in a folder of its own, and with absolute
+paths to C++ operators. ``detach`` makes of a prefill and a decode graph two small files on one common weights file,
+free of paths; ``attach`` gives a loader's copy the path of this machine's library again, and only of ours.
 """
 
 from __future__ import annotations
@@ -37,18 +37,28 @@ class WeightsFile:
         self._end = HEADER_BYTES
         file.write(b"\x01".ljust(HEADER_BYTES, b"\0"))  # little endian
 
-    def take(self, parameter: TensorProto) -> None:
-        """Move one weight out of its graph."""
+    def take(self, parameter: TensorProto, folder: Path) -> None:
+        """Move one weight out of its graph, or out of the file in ``folder`` that the graph names."""
         name = plain_name(parameter.name)
         if name not in self._places:
-            padding = -len(parameter.raw_data) % ALIGNMENT
-            self._file.write(parameter.raw_data + bytes(padding))
-            self._places[name] = (self._end, len(parameter.raw_data))
-            self._end += len(parameter.raw_data) + padding
+            data = parameter.raw_data or read_external(parameter, folder)
+            padding = -len(data) % ALIGNMENT
+            self._file.write(data)
+            self._file.write(bytes(padding))
+            self._places[name] = (self._end, len(data))
+            self._end += len(data) + padding
         external = parameter.external_data
         external.location = os.path.basename(self._file.name)
         external.offset, external.length = self._places[name]
         parameter.ClearField("raw_data")
+
+
+def read_external(parameter: TensorProto, folder: Path) -> bytes:
+    """A weight's bytes from the file that its graph names."""
+    external = parameter.external_data
+    with (folder / external.location).open("rb") as file:
+        file.seek(external.offset)
+        return file.read(external.length)
 
 
 def read(path: Path) -> ModelProto:
@@ -74,7 +84,7 @@ def detach(graphs: Iterable[Path], weights: Path) -> None:
         for path in graphs:
             model = read(path)
             for parameter in model.graph.parameter:
-                weights_file.take(parameter)
+                weights_file.take(parameter, path.parent)
             link(model, LIBRARY)
             path.chmod(0o644)
             path.write_bytes(model.SerializeToString())

@@ -18,7 +18,7 @@ from tiny_checkpoints import VOCAB_SIZE, edit_config, write_tiny
 from agent.model_runner import ModelRunner
 from config.manifest import ManifestError, read_manifest, verify_files
 from kernels import library
-from models import mindir
+from models import export, mindir
 from models.graphs import dynamic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def test_a_damaged_export_is_not_used_but_made_anew(checkpoint: Path, exported: 
     verify_files(exported, read_manifest(exported))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_export_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path, number: int) -> None:
     folder = tmp_path / "models" / "tiny"
     with subprocess.Popen(
@@ -126,14 +126,49 @@ def test_an_interrupted_export_leaves_nothing_half_written(checkpoint: Path, tmp
                 process.send_signal(number)
                 break
         said = process.stderr.read()
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert not folder.exists()
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
         assert "interrupted; nothing was changed" in said
         assert "Traceback" not in said
         assert list(folder.parent.glob(".tiny.partial-*")) == []
     assert run_export(checkpoint, folder).returncode == 0
     assert sorted(path.name for path in folder.parent.iterdir()) == [".tiny.lock", "tiny"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "the checkpoint"])
+def test_nothing_but_an_export_is_replaced(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    target = checkpoint if kind == "the checkpoint" else tmp_path / "mine"
+    if kind == "a folder":
+        target.mkdir()
+        (target / "precious.txt").write_text("not yours")
+    elif kind == "a file":
+        target.write_text("not yours")
+    before = sorted(target.iterdir()) if target.is_dir() else target.read_text()
+    refused = run_export(checkpoint, target)
+    assert refused.returncode == 1
+    assert f"{target}: exists and is not an exported model" in refused.stderr
+    assert before == (sorted(target.iterdir()) if target.is_dir() else target.read_text())
+
+
+def test_weights_that_mindspore_writes_to_a_folder_of_their_own(
+    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does beyond 1 GB; the limit is lowered, since a test has no model of that size."""
+    monkeypatch.setattr("mindspore.train.serialization.TOTAL_SAVE", 10)  # KB
+    options = export.ExportOptions(operators=export.choose_operators("auto"))
+    large = export.export(checkpoint, tmp_path / "large", options)
+    assert {path.name for path in (tmp_path / "large").iterdir()} == EVERY_FILE
+    assert set(large.files) == EVERY_FILE - {"manifest.json"}
+    ModelRunner(tmp_path / "large", cache_bytes=1 << 20, cache_dtype="float32", threads=1)
+    for phase in ("prefill", "decode"):
+        assert weights_of(tmp_path / "large", phase) == weights_of(exported, phase)
+
+
+def weights_of(folder: Path, phase: str) -> dict[str, bytes]:
+    """Every weight of a graph by name."""
+    parameters = mindir.read(folder / f"{phase}.mindir").graph.parameter
+    return {mindir.plain_name(one.name): mindir.read_external(one, folder) for one in parameters}
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(checkpoint: Path, tmp_path: Path) -> None:
