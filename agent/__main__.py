@@ -6,11 +6,12 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 
 from agent.agent import Agent
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
 from agent.listener import Listener
-from agent.runner import open_runner
+from agent.runner import RunnerBroken, open_runner
 from config.log_file import log_to_file
 from config.secret_file import read_secret
 
@@ -31,7 +32,11 @@ def main() -> None:
     hello = agent.hello
     logger.info("listening on %s:%d with %d blocks", settings.model.agent_host, settings.port, hello.num_blocks)
     report.ready(Ready(os.getpid(), hello.model, hello.num_blocks, hello.block_size))
-    agent.serve(listener)
+    try:
+        agent.serve(listener)
+    except RunnerBroken as error:
+        logger.error("%s: this process ends, so that the launcher starts another", error)
+        sys.exit(1)
     logger.info("stopped")
 
 

@@ -12,7 +12,7 @@ from agent.connection import Connection
 from agent.listener import Listener
 from agent.logprobs import token_logprobs
 from agent.protocol import Hello, ProtocolError, StepError, StepOutput, StepPlan, pack_floats, pack_ints
-from agent.runner import Runner
+from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
 from agent.step_batch import PlanError, StepBatch, StepShapes, read_plan
 from config.serving_config import LimitsConfig
@@ -30,6 +30,7 @@ class Agent:
             manifest.capabilities.max_num_batched_tokens or limits.max_num_batched_tokens,
         )
         self._runner = runner
+        self._broken: RunnerBroken | None = None
         self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size)
         self._shapes = StepShapes(
             vocab_size=manifest.vocab_size,
@@ -62,7 +63,11 @@ class Agent:
         self._runner.run(_probe(start=2, tokens=1))
 
     def serve(self, listener: Listener) -> None:
-        """Serve one server after the other until the listener is closed."""
+        """Serve one server after the other until the listener is closed.
+
+        Raises:
+            RunnerBroken: the model cannot run any more; the server has been told of the step that failed.
+        """
         while server := listener.next_server():
             try:
                 self._serve(server, listener)
@@ -78,6 +83,8 @@ class Agent:
             if not isinstance(plan, StepPlan):
                 raise ProtocolError(f"a server sends plans, not {type(plan).__name__}")
             server.send(self.answer(plan))
+            if self._broken:
+                raise self._broken
         logger.info("the server has detached")
 
     def answer(self, plan: StepPlan) -> StepOutput | StepError:
@@ -90,6 +97,7 @@ class Agent:
             return StepError(step_id=plan.step_id, message=f"refused: {error}")
         except Exception as error:
             logger.exception("step %d: failed", plan.step_id)
+            self._broken = error if isinstance(error, RunnerBroken) else None
             return StepError(step_id=plan.step_id, message=f"{type(error).__name__}: {error}")
 
     def _step(self, plan: StepPlan, arrived: float) -> StepOutput:

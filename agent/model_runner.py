@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +21,14 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from agent.protocol import Floats, Ints
+from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, ManifestError, read_manifest, verify_files
 from kernels import library
 from models import mindir
 
 ITEM_SIZES = {"float32": 4, "float16": 2}  # bytes of a number in the cache
+MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
 LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # of the start-up proof, relative to the largest logit
 
@@ -61,7 +64,10 @@ class ModelRunner:
         share_weights(self._prefill, self._decode)
         m = self.manifest
         shape = (m.num_layers * self.num_blocks, m.block_size, m.num_kv_heads, m.head_dim)
-        self._key_cache, self._value_cache = (np.zeros(shape, dtype=cache_dtype) for _ in range(2))
+        try:
+            self._key_cache, self._value_cache = (np.zeros(shape, dtype=cache_dtype) for _ in range(2))
+        except MemoryError:
+            raise ManifestError(f"cache_memory: this machine does not give {cache_bytes} bytes; choose less") from None
         # Tensors on the arrays' own memory: what a graph or the host writes, both see
         self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
         self._prove_sharing()
@@ -70,12 +76,12 @@ class ModelRunner:
         """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``.
 
         Raises:
-            RuntimeError: an operator refused its arguments; nothing else is damaged.
+            RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
-        if self._library or scores_of(batch, self.manifest.block_size) <= MAX_SCORES:
+        if self._library or fits_one_call(batch, self.manifest.block_size):
             return self._call(batch)
         logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
-        for part, positions in parts_of(batch):
+        for part, positions in parts_of(batch, self.manifest.block_size):
             logits[positions] = self._call(part)
         return logits
 
@@ -95,7 +101,7 @@ class ModelRunner:
                 logits = outputs.asnumpy()
         except RuntimeError as error:
             reason = self._library.last_error() if self._library else ""
-            raise RuntimeError(reason or str(error).strip().splitlines()[0]) from error
+            raise RunnerBroken(reason or str(error).strip().splitlines()[0]) from error
         result: Floats = logits[: batch.logits_indices.size]
         return result
 
@@ -147,9 +153,18 @@ def physical_cores() -> int:
         try:
             package, core = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
         except OSError:
-            return len(os.sched_getaffinity(0))
+            package, core = "", str(cpu)
         cores.add((package, core))
-    return len(cores)
+    return min(len(cores), cpu_quota())
+
+
+def cpu_quota() -> int:
+    """Cores that a container's CPU time comes to, rounded up; a great many where it is not limited."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group of version 2, or "max"
+        return sys.maxsize
 
 
 def open_library(threads: int) -> library.Library:
@@ -228,22 +243,21 @@ def cached_columns(batch: StepBatch, block_size: int) -> Ints:
     return batch.block_tables[:, : max(1, -(-cached // block_size))]
 
 
-def scores_of(batch: StepBatch, block_size: int) -> int:
-    """Attention scores of one head that standard operators compute for a step: every token with every row's keys."""
+def fits_one_call(batch: StepBatch, block_size: int) -> bool:
+    """Whether standard operators can take a step at once: they look from every token at every row's keys."""
     rows, tokens = batch.query_lens.size, batch.token_ids.size
-    return tokens * (rows * cached_columns(batch, block_size).shape[1] * block_size + tokens)
+    keys = rows * cached_columns(batch, block_size).shape[1] * block_size
+    return keys <= MAX_KEYS and tokens * (keys + tokens) <= MAX_SCORES
 
 
-def parts_of(batch: StepBatch) -> Iterator[tuple[StepBatch, Ints]]:
-    """The step in several: all rows of one token together, every other row alone.
+def parts_of(batch: StepBatch, block_size: int) -> Iterator[tuple[StepBatch, Ints]]:
+    """The step in several: rows of one token with others of like length, every other row alone.
 
     Each part comes with the positions of its logits among those of the whole step.
     """
     ends = np.cumsum(batch.query_lens)
     longer = np.flatnonzero(batch.query_lens > 1)
-    for rows in (np.flatnonzero(batch.query_lens == 1), *longer[:, None]):
-        if rows.size == 0:
-            continue
+    for rows in (*rows_of_like_length(batch, block_size), *longer[:, None]):
         tokens = np.concatenate([np.arange(ends[row] - batch.query_lens[row], ends[row]) for row in rows])
         positions = np.flatnonzero(np.isin(batch.logits_indices, tokens))
         yield (
@@ -258,6 +272,20 @@ def parts_of(batch: StepBatch) -> Iterator[tuple[StepBatch, Ints]]:
             ),
             positions.astype(np.int32),
         )
+
+
+def rows_of_like_length(batch: StepBatch, block_size: int) -> Iterator[NDArray[np.intp]]:
+    """The rows of one token in groups, shortest contexts first: a group is padded to its longest row."""
+    rows = np.flatnonzero(batch.query_lens == 1)
+    rows = rows[np.argsort(batch.context_lens[rows], kind="stable")]
+    first = 0
+    for i, row in enumerate(rows):
+        padded = -(-int(batch.context_lens[row]) // block_size) * block_size
+        if i > first and (i + 1 - first) * padded > MAX_KEYS:
+            yield np.sort(rows[first:i])
+            first = i
+    if rows.size:
+        yield np.sort(rows[first:])
 
 
 def as_tensor(array: NDArray[np.int32]) -> Tensor:

@@ -11,6 +11,10 @@ from config.manifest import Manifest
 from config.serving_config import ModelConfig
 
 
+class RunnerBroken(RuntimeError):
+    """A step failed in a way that no later step of this runner survives: the process has to start anew."""
+
+
 class Runner(Protocol):
     """One rank of a model with its key/value cache."""
 
@@ -19,7 +23,11 @@ class Runner(Protocol):
     cache_dtype: str
 
     def run(self, batch: StepBatch) -> Floats:
-        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``."""
+        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``.
+
+        Raises:
+            RunnerBroken: the step failed, and so will all others.
+        """
         ...
 
 

@@ -181,8 +181,9 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         CheckpointError: ``folder`` is a file, or holds something else.
     """
-    ours = not folder.exists() or (folder.is_dir() and ((folder / MANIFEST_FILE).is_file() or not any(folder.iterdir())))
-    if not ours:
+    ours = not folder.exists() or (folder / MANIFEST_FILE).is_file()
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if not (ours or empty):
         raise CheckpointError(f"{folder}: exists and is not an exported model; choose another --output")
 
 

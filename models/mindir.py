@@ -58,7 +58,8 @@ def read_external(parameter: TensorProto, folder: Path) -> bytes:
     external = parameter.external_data
     with (folder / external.location).open("rb") as file:
         file.seek(external.offset)
-        return file.read(external.length)
+        data: bytes = file.read(external.length)
+    return data
 
 
 def read(path: Path) -> ModelProto:

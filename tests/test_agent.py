@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from agent.protocol import (
     ints,
     pack_ints,
 )
+from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
 from config.manifest import read_manifest
 from config.serving_config import LimitsConfig
@@ -320,3 +322,29 @@ def test_a_model_that_fails_is_an_answer_and_nothing_of_the_step_counts() -> Non
         assert isinstance(same, StepOutput)
         undisturbed.tokens += ints(same.token_ids).tolist()
     assert request.output == undisturbed.output
+
+
+class BrokenModel(ArithmeticModel):
+    """Cannot run any more, as a graph whose operator has failed."""
+
+    def run(self, batch: StepBatch) -> Floats:
+        raise RunnerBroken("the graph cannot be run any more")
+
+
+def test_an_agent_whose_model_is_broken_answers_the_step_and_ends() -> None:
+    [port] = free_ports(1)
+    listener = Listener("127.0.0.1", port, b"s" * 32)
+    agent = Agent(BrokenModel(FOLDER, cache_bytes=1 << 16), LimitsConfig(), rank=0, world_size=1)
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(agent.serve, listener)
+        with AgentClient(port, b"s" * 32) as client:
+            client.attach()
+            request = prompt("hi")
+            client.send(make_plan([request.row()], resets=[request.reset()]))
+            result = client.receive()
+            assert isinstance(result, StepError)
+            assert "cannot be run any more" in result.message
+            assert client.is_closed()
+        with pytest.raises(RunnerBroken):
+            serving.result(30)
+    listener.close()

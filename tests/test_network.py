@@ -13,6 +13,7 @@ from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny
 
 from agent import model_runner
 from agent.model_runner import ModelRunner
+from agent.runner import RunnerBroken
 from kernels import library
 from models.export import ExportOptions, Operators, choose_operators
 from models.export import export as export_checkpoint
@@ -136,6 +137,16 @@ def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, mon
     call = runner._call
     monkeypatch.setattr(runner, "_call", lambda batch: calls.append(batch.query_lens.tolist()) or call(batch))
     monkeypatch.setattr(model_runner, "MAX_SCORES", 0)
+    monkeypatch.setattr(model_runner, "MAX_KEYS", 2 * 2 * BLOCK_SIZE)  # two rows of up to two blocks
     for together, apart in zip(whole, logits(), strict=True):
         assert largest_difference(together, apart) < 1e-5
     assert calls == [[1], [9], [4], [1, 1], [9], [1, 1], [2]]
+
+
+@pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
+def test_a_runner_whose_operator_failed_says_that_it_is_broken(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported", "native")
+    runner = open_runner(tmp_path / "exported")
+    with pytest.raises(RunnerBroken, match="PagedAttention: row 0: block 30000 of"):
+        runner.run(step([Row([30000], [1, 2])], [2], BLOCK_SIZE))
