@@ -46,7 +46,7 @@ async def run(app: AppServer, listener: socket.socket, config_path: str) -> int:
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             print(f"the agents have ended with exit code {ended.result()}", file=sys.stderr)  # noqa: T201
-            app.end()
+            app.drain(0)  # what is running cannot go on: its clients are told so
             await serving
             return max(ended.result(), FAILED)
         return FAILED if app.failure else 0

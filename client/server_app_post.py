@@ -131,9 +131,10 @@ class AppServer(uvicorn.Server):
         """On SIGTERM and SIGINT. Called between two bytecodes of whatever runs, so the loop does the work."""
         asyncio.get_running_loop().call_soon_threadsafe(self.end if self._drain else self.drain)
 
-    def drain(self) -> None:
-        """Take no new requests, let the running ones finish within ``drain_seconds``, then end."""
-        self._drain = asyncio.create_task(self._drain_and_end())
+    def drain(self, seconds: float | None = None) -> None:
+        """Take no new requests, let the running ones finish within ``seconds`` (None: as configured), then end."""
+        configured = self._deployment.config.server.drain_seconds
+        self._drain = asyncio.create_task(self._drain_and_end(configured if seconds is None else seconds))
 
     def end(self) -> None:
         """End at once."""
@@ -143,9 +144,9 @@ class AppServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
-    async def _drain_and_end(self) -> None:
+    async def _drain_and_end(self, seconds: float) -> None:
         try:
-            await self._deployment.stop(self._deployment.config.server.drain_seconds)
+            await self._deployment.stop(seconds)
         finally:
             self.should_exit = True
 

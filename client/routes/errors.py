@@ -81,7 +81,8 @@ async def _respond(request: Request, error: Exception) -> Response:
     request_id: str = request.state.request_id
     problem = problem_of(error, request_id)
     if problem.status >= 500:
-        logger.error("request %s: %s: %s", request_id, type(error).__name__, error)
+        level = logging.INFO if problem.status == 503 else logging.ERROR  # not ready is a state, not a fault
+        logger.log(level, "request %s: %s: %s", request_id, type(error).__name__, error)
     # A 500 is answered outside the middleware that would add the id.
     problem.headers.setdefault("X-Request-Id", request_id)
     return problem.response()
