@@ -10,6 +10,7 @@ import difflib
 import ipaddress
 import math
 import re
+import typing
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,9 +175,12 @@ def _explain(error: str) -> str:
     message, _, place = error.partition(" - at `")
     place = place.rstrip("`").removeprefix("$").removeprefix(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
-    if not unknown:
-        return f"{place}: {message}" if place else message
     record = _record_at(place)
+    if not unknown:
+        field = typing.get_type_hints(record).get(place.rpartition(".")[2])
+        choices = typing.get_args(field) if typing.get_origin(field) is Literal else ()
+        message += f"; one of {', '.join(choices)}" if choices else ""
+        return f"{place}: {message}" if place else message
     known = record.__struct_fields__
     close = difflib.get_close_matches(unknown[1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"

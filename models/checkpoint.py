@@ -75,7 +75,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: there is nothing, its format or architecture is not supported, or it is incomplete.
     """
-    path = Path(path)
+    try:
+        return _open(Path(path))
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field that no sound file has in that form
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: a configuration or tokenizer file in it is damaged: {reason}") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():

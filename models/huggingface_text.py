@@ -76,7 +76,10 @@ def _tokenizer_file(path: Path) -> Tokenizer:
     content = _read_json(path)
     if not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path}: holds no tokenizer model")
-    return Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+    try:
+        return Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+    except Exception as error:  # the library raises no narrower one
+        raise CheckpointError(f"{path}: is not a tokenizer: {error}") from None
 
 
 def _template_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:

@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
 from kernels import library
+from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.portable import Rope
 from models.weight_map import Floats
@@ -20,6 +21,7 @@ from models.weight_map import Floats
 F16, F32, I32 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default
 
 MAX_STEP_TOKENS = None  # as many as the configuration allows
+MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
 
 
 def custom(name: str, *signatures: tuple[Any, ...]) -> ops.Custom:
@@ -112,6 +114,11 @@ class Attention(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> None:
         super().__init__(auto_prefix=False)
+        if config.head_dim > MAX_HEAD_DIM or config.num_heads > MAX_GROUP * config.num_kv_heads:
+            raise CheckpointError(
+                f"heads of {config.head_dim} numbers, {config.num_heads} of them on {config.num_kv_heads}: the C++ "
+                f"attention takes {MAX_HEAD_DIM} and {MAX_GROUP} on one; export with --operators portable"
+            )
         constants = [layer, config.num_layers, config.num_heads, config.num_kv_heads, config.norm_eps]
         norms = [] if q_norm is None or k_norm is None else [q_norm.asnumpy(), k_norm.asnumpy()]
         packed = np.concatenate([np.asarray(constants, dtype=np.float32), *norms])

@@ -101,9 +101,29 @@ def too_many_tokens(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def break_tokenizer(folder: Path) -> None:
+    write_json(folder / "tokenizer.json", {"model": {"type": "BPE"}})
+
+
+def name_a_number(folder: Path) -> None:
+    write_json(folder / "tokenizer_config.json", {"eos_token": 5})
+
+
+def mistype_scaling(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": ["linear"], "rope_theta": 10000.0})
+
+
+def encode_template_otherwise(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes("é".encode("latin-1"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (break_tokenizer, r"tokenizer\.json: is not a tokenizer"),
+        (name_a_number, "tokenizer file in it is damaged: TypeError"),
+        (mistype_scaling, "tokenizer file in it is damaged: TypeError"),
+        (encode_template_otherwise, "tokenizer file in it is damaged: UnicodeDecodeError"),
         (replace_by_pickle, r"pytorch_model\.bin; PyTorch's pickle files can run any code"),
         (cut_short, r"model\.safetensors: is cut short: \S+ ends beyond"),
         (cut_header, r"model\.safetensors: is no safetensors file, or is cut short"),

@@ -23,6 +23,8 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),
         (STANDIN % "" + "\nserver: {drain_seconds: .inf}", "server.drain_seconds: needs a finite"),
         (STANDIN % "" + "\nserver: {drain_seconds: .nan}", "server.drain_seconds: "),
+        (STANDIN.replace("standin", "gpu") % "", r"models\[0\].target: .*'gpu'; one of cpu, ascend, standin"),
+        (STANDIN % "" + "\nlogging: {level: loud}", "logging.level: .*'loud'; one of debug, info, warning, error"),
         (STANDIN % "" + "\nserver: {prot: 1}", "server.prot: unknown key, did you mean port"),
     ],
 )
