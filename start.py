@@ -17,6 +17,10 @@ import socket
 import sys
 from pathlib import Path
 
+# Until the app takes it, Ctrl-C just ends this process: an interrupted import would print a traceback
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from client.server_app_post import (
     CANNOT_START,
     DEFAULT_CONFIG,
