@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -23,8 +22,6 @@ FLAGS = (
     "-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra",
     "-shared", "-fPIC",
 )  # fmt: skip
-
-logger = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
