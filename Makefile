@@ -3,9 +3,11 @@
 # make lint         format, lint and type checks         make clean       forget environment, exports and logs
 #
 # CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
+# WEIGHTS=float32 make serve              another format of the default model's weights: python -m models.export --help
 
 SHELL := /bin/bash
 CONFIG ?= config/smollm2_cpu.yaml
+WEIGHTS ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
   $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; exit; }; done)
 VENV := .venv
@@ -26,7 +28,7 @@ setup: $(VENV)/.ready
 # the default one are exported by hand
 export: $(VENV)/.ready
 	@$(RUN) -m kernels.library
-	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export
+	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export --weights $(WEIGHTS)
 
 test: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "not slow"

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from config.serving_config import Target
+from config.serving_config import Target, WeightFormat
 
 MANIFEST_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -57,7 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     export_digest: str = ""
     rank: int = 0
     world_size: int = 1
-    weights: str = "float32"
+    weights: WeightFormat | Literal["none"] = "float32"  # none: the stand-in
     num_layers: int
     num_heads: int
     num_kv_heads: int

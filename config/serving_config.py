@@ -19,6 +19,7 @@ import msgspec
 import yaml
 
 Target = Literal["cpu", "ascend", "standin"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "float16"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -72,6 +73,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     agent_ports: tuple[Port, ...]
     target: Target = "cpu"
     agent_host: str = "127.0.0.1"
+    weights: WeightFormat | None = None  # what the export must have; None: any
     cache_memory: str = "1GiB"  # of each agent, for keys and values
     cache_dtype: CacheDtype = "float32"
     threads: Positive | None = None  # of each agent; None: the physical cores
@@ -247,5 +249,7 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"
     if model.cache_dtype != "float32" and model.target == "standin":
         yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
+    if model.weights is not None and model.target == "standin":
+        yield f"{key}.weights: the stand-in model has none"
     if model.threads is not None and model.target == "standin":
         yield f"{key}.threads: the stand-in model computes in one thread"

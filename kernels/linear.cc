@@ -1,211 +1,274 @@
-// Linear layers with what stands before or after them in a decoder: RMS norm, bias, SwiGLU, the residual stream.
+// Linear layers with what stands before or after them in a decoder: embedding, RMS norm, bias, SwiGLU, the residual stream.
 //
-// Weights are f32 [N, K], one row an output. A block of outputs times tokens is computed as dot products along K with all its
-// sums in registers, so each weight is read from memory once for up to kTokenTile tokens: at small batches that traffic is
-// what a step costs.
-#include <algorithm>
-#include <cmath>
-
-#include "operator.h"
-#include "thread_pool.h"
+// Weights come in any format of packed_weight.h. A task is a few panels of rows times up to kTokenTile tokens: its rows
+// stay in the nearest cache while all tokens pass, so each weight is read from memory once a tile. At small batches that
+// traffic is what a step costs.
+#include "block_dot.h"
+#include "float_dot.h"
 
 namespace native {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kBlockTokens = 6, kBlockRows = 4;  // 24 sums in 32 registers
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kBlockTokens = 3, kBlockRows = 4;  // 12 in 16
-#else
-constexpr int kLanes = 4, kBlockTokens = 6, kBlockRows = 4;  // NEON: 24 in 32
+constexpr int64_t kTokenTile = 96;  // tokens of a task
+constexpr int64_t kTaskRows = 64;   // rows of a task at most: a multiple of kPanelRows and kFloatRows
+constexpr int64_t kRun = 64;        // neighbouring logits of which the head tells the largest
+
+// Divided by its root mean square and scaled. `norm` holds K weights and then epsilon.
+void normalize(const float *x, const float *norm, int64_t columns, float *y) {
+  float squares = 0.f;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < columns; ++k) squares += x[k] * x[k];
+  const float scale = 1.f / std::sqrt(squares / static_cast<float>(columns) + norm[columns]);
+  for (int64_t k = 0; k < columns; ++k) y[k] = x[k] * scale * norm[k];
+}
+
+// Room for one operator's tokens; it belongs to the runtime's one operator thread and grows to the largest step.
+struct TokenMemory {
+  std::vector<float> floats;
+  std::vector<uint16_t> bfloats;
+  std::vector<int8_t> codes;
+  std::vector<Tokens::Block> blocks;
+
+  template <typename T>
+  static T *room(std::vector<T> &memory, int64_t size) {
+    if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
+    return memory.data();
+  }
+};
+
+// The tokens [T, K], divided by their norm if there is one, as dot products with this weight take them.
+Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &weight) {
+  static TokenMemory memory;
+  const int64_t columns = weight.columns, blocks = weight.blocks();
+  const bool bytes = kByteDots && weight.format != Format::kF32 && weight.format != Format::kBf16;
+  const bool bfloats = kBfloatDots && weight.format == Format::kBf16;
+  Tokens tokens;
+  tokens.columns = columns;
+  tokens.floats = x;
+  float *normed = norm ? TokenMemory::room(memory.floats, count * columns) : nullptr;
+  if (normed) tokens.floats = normed;
+  uint16_t *rounded = bfloats ? TokenMemory::room(memory.bfloats, count * columns) : nullptr;
+  int8_t *codes = bytes ? TokenMemory::room(memory.codes, count * columns) : nullptr;
+  Tokens::Block *of_token = bytes ? TokenMemory::room(memory.blocks, count * blocks) : nullptr;
+  tokens.bfloats = rounded;
+  tokens.codes = codes;
+  tokens.blocks = of_token;
+  if (!normed && !rounded && !codes) return tokens;
+  const int64_t share = std::max<int64_t>(1, 8192 / columns);  // tokens of a task: less is not worth another thread
+  ThreadPool::shared().run((count + share - 1) / share, [&](int64_t task) {
+    for (int64_t t = task * share; t < std::min(count, (task + 1) * share); ++t) {
+      if (normed) normalize(x + t * columns, norm, columns, normed + t * columns);
+      const float *token = tokens.floats + t * columns;
+      if (rounded)
+        for (int64_t k = 0; k < columns; ++k) rounded[t * columns + k] = to_bfloat(token[k]);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+      for (int64_t b = 0; codes && b < blocks; ++b)
+        quantise_block(token + b * kBlockColumns, offset_of(weight.format), codes + t * columns + b * kBlockColumns,
+                       of_token[t * blocks + b]);
 #endif
-constexpr int64_t kTokenTile = 96;  // tokens that pass over a panel of weights together
-
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Four __attribute__((vector_size(4 * sizeof(float))));
-
-inline Lanes load(const float *p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+    }
+  });
+  return tokens;
 }
 
-// The sum of the vector's quarters (or of what a narrower one has).
-inline Four fold(Lanes v) {
-  Four parts[kLanes / 4], total;
-  std::memcpy(parts, &v, sizeof(v));
-  total = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
-  return total;
+// Panels of a task: as many as share the rows evenly among the threads.
+int64_t task_panels(int64_t panels, int64_t tiles, int64_t threads) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t size = 1; size <= kTaskRows / kPanelRows; ++size) {
+    const int64_t tasks = (panels + size - 1) / size * tiles, longest = (tasks + threads - 1) / threads * size;
+    if (longest <= least) best = size, least = longest;
+  }
+  return best;
 }
 
-// The sums of four vectors, as one.
-inline Four sums(Lanes a, Lanes b, Lanes c, Lanes d) {
-  const Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-  const Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  const Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
-}
-
-// out[t][n] = x[t] . w[n] for M tokens and four weight rows.
-template <int M>
-inline void block(const float *x, const float *const *w, int64_t k_size, float (*out)[kBlockRows]) {
-  Lanes acc[M][kBlockRows] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= k_size; k += kLanes) {
-    Lanes weight[kBlockRows];
-    for (int n = 0; n < kBlockRows; ++n) weight[n] = load(w[n] + k);
-    for (int m = 0; m < M; ++m) {
-      const Lanes token = load(x + m * k_size + k);
-      for (int n = 0; n < kBlockRows; ++n) acc[m][n] += token * weight[n];
+template <Format F>
+void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &weight, int64_t first_row, int64_t rows, float *out) {
+  thread_local std::vector<uint8_t> padded;
+  for (int64_t n = 0; n < rows; n += kPanelRows) {
+    const uint8_t *panel = weight.panel(first_row + n, padded);
+    for (int64_t t = 0; t < count; t += kTokensAtOnce) {
+      const int here = static_cast<int>(std::min<int64_t>(kTokensAtOnce, count - t));
+      panel_dots_of<F>(here, panel, x, first + t, out + t * kTaskRows + n, kTaskRows);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    const Four total = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-    std::memcpy(out[m], &total, sizeof(total));
-    for (int n = 0; n < kBlockRows; ++n)
-      for (int64_t i = k; i < k_size; ++i) out[m][n] += x[m * k_size + i] * w[n][i];
-  }
 }
 
-void block_of(int tokens, const float *x, const float *const *w, int64_t k_size, float (*out)[kBlockRows]) {
-  switch (tokens) {
-    case 1: return block<1>(x, w, k_size, out);
-    case 2: return block<2>(x, w, k_size, out);
-    case 3: return block<3>(x, w, k_size, out);
-#if !defined(__AVX2__) || defined(__AVX512F__)
-    case 4: return block<4>(x, w, k_size, out);
-    case 5: return block<5>(x, w, k_size, out);
-    case 6: return block<6>(x, w, k_size, out);
-#endif
-  }
-}
-
-// Calls store(token, row, dot) for every token and every weight row, on all threads. Rows
-// 2i and 2i + 1 are stored by one thread, in this order.
+// Calls store(token, first row, dots, rows) for every token and neighbouring rows of the weight, on all threads: up to
+// kTaskRows of them, beginning at an even row. `whole` tasks begin at a multiple of kTaskRows.
 template <typename Store>
-void multiply(const float *x, const float *weight, int64_t tokens, int64_t rows, int64_t k_size, const Store &store) {
+void multiply(const Tokens &x, int64_t count, const Weight &weight, bool whole, const Store &store) {
   auto &pool = ThreadPool::shared();
-  const int64_t share = rows / (pool.threads() * 4) / kBlockRows * kBlockRows;
-  const int64_t panel = std::clamp<int64_t>(share, kBlockRows, 64);  // weight rows of a task: they stay in the L2 cache
-  const int64_t panels = (rows + panel - 1) / panel, tiles = (tokens + kTokenTile - 1) / kTokenTile;
-  pool.run(panels * tiles, [&](int64_t task) {
-    const int64_t first_row = task % panels * panel, last_row = std::min(rows, first_row + panel);
-    const int64_t first = task / panels * kTokenTile, last = std::min(tokens, first + kTokenTile);
-    float out[kBlockTokens][kBlockRows];
-    for (int64_t t = first; t < last; t += kBlockTokens) {
-      const int here = static_cast<int>(std::min<int64_t>(kBlockTokens, last - t));
-      for (int64_t n = first_row; n < last_row; n += kBlockRows) {
-        const int width = static_cast<int>(std::min<int64_t>(kBlockRows, last_row - n));
-        const float *w[kBlockRows];  // at the end of the weight its last row fills the block
-        for (int i = 0; i < kBlockRows; ++i) w[i] = weight + std::min(n + i, last_row - 1) * k_size;
-        block_of(here, x + t * k_size, w, k_size, out);
-        for (int m = 0; m < here; ++m)
-          for (int i = 0; i < width; ++i) store(t + m, n + i, out[m][i]);
-      }
+  const int64_t panels = (weight.rows + kPanelRows - 1) / kPanelRows, tiles = (count + kTokenTile - 1) / kTokenTile;
+  const int64_t share = whole ? kTaskRows : task_panels(panels, tiles, pool.threads()) * kPanelRows;
+  const int64_t shares = (weight.rows + share - 1) / share;
+  pool.run(shares * tiles, [&](int64_t task) {
+    alignas(64) float out[kTokenTile * kTaskRows];
+    const int64_t first_row = task % shares * share, rows = std::min(share, weight.rows - first_row);
+    const int64_t first = task / shares * kTokenTile, here = std::min(kTokenTile, count - first);
+    switch (weight.format) {
+      case Format::kF32: float_rows(x.floats + first * x.columns, here, weight, first_row, rows, out, kTaskRows); break;
+      case Format::kBf16: packed_rows<Format::kBf16>(x, first, here, weight, first_row, rows, out); break;
+      case Format::kQ8: packed_rows<Format::kQ8>(x, first, here, weight, first_row, rows, out); break;
+      case Format::kQ4_0: packed_rows<Format::kQ4_0>(x, first, here, weight, first_row, rows, out); break;
+      case Format::kQ4_1: packed_rows<Format::kQ4_1>(x, first, here, weight, first_row, rows, out); break;
     }
+    for (int64_t t = 0; t < here; ++t) store(first + t, first_row, out + t * kTaskRows, rows);
   });
 }
 
-// The tokens divided by their root mean square and scaled: [T, K]. `norm` holds K weights and then epsilon.
-const float *normalized(const float *x, const float *norm, int64_t tokens, int64_t k_size) {
-  static std::vector<float> memory;  // of the runtime's one operator thread; grows to the largest step
-  if (memory.size() < static_cast<size_t>(tokens * k_size)) memory.resize(static_cast<size_t>(tokens * k_size));
-  float *y = memory.data();
-  const float eps = norm[k_size];
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float *from = x + t * k_size;
-    float *to = y + t * k_size, squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t k = 0; k < k_size; ++k) squares += from[k] * from[k];
-    const float scale = 1.f / std::sqrt(squares / static_cast<float>(k_size) + eps);
-    for (int64_t k = 0; k < k_size; ++k) to[k] = from[k] * scale * norm[k];
+// The largest of `count` numbers, NaN if one is.
+float largest(const float *values, int64_t count) {
+  float top = values[0], poison = 0.f;
+#pragma omp simd reduction(max : top) reduction(+ : poison)
+  for (int64_t i = 0; i < count; ++i) {
+    top = std::max(top, values[i]);
+    poison += values[i] != values[i] ? 1.f : 0.f;
   }
-  return y;
+  return poison > 0.f ? NAN : top;
+}
+
+void unpack_any_row(const Weight &weight, int64_t row, float *out) {
+  switch (weight.format) {
+    case Format::kF32: std::memcpy(out, weight.floats(row), weight.columns * sizeof(float)); break;
+    case Format::kBf16: unpack_row<Format::kBf16>(weight, row, out); break;
+    case Format::kQ8: unpack_row<Format::kQ8>(weight, row, out); break;
+    case Format::kQ4_0: unpack_row<Format::kQ4_0>(weight, row, out); break;
+    case Format::kQ4_1: unpack_row<Format::kQ4_1>(weight, row, out); break;
+  }
 }
 
 }  // namespace
 }  // namespace native
 
-using native::Arguments;
-using native::guarded;
-using native::require;
+using namespace native;
 
-// Inputs: 0 x f32 [T, K]; 1 norm f32 [K + 1], weights then epsilon; 2 weight f32 [N, K]; optionally 3 bias f32 [N].
+// Inputs: 0 token_ids i32 [T]; 1 weight [N, K] in any format; 2 norm f32 [K + 1], of which only the length is used: packed
+// rows do not tell how many numbers they hold. Output: f32 [T, K], the tokens' rows.
+extern "C" int Embedding(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
+  return guarded("Embedding", [&] {
+    const Arguments a(count, pointers, ranks, shapes, dtypes);
+    a.expect(4);
+    const int32_t *ids = a.data<int32_t>(0, "int32", 1);
+    a.data<float>(2, "float32", 1);
+    const int64_t columns = a.dim(2, 0) - 1;
+    const Weight weight = read_weight(a, 1, columns);
+    float *y = a.data<float>(3, "float32", 2);
+    a.expect_dim(3, 0, a.dim(0, 0));
+    a.expect_dim(3, 1, columns);
+    for (int64_t t = 0; t < a.dim(0, 0); ++t) {
+      require(ids[t] >= 0 && ids[t] < weight.rows, "token " + std::to_string(ids[t]) + " of " + std::to_string(weight.rows));
+      unpack_any_row(weight, ids[t], y + t * columns);
+    }
+  });
+}
+
+// Inputs: 0 x f32 [T, K]; 1 norm f32 [K + 1], weights then epsilon; 2 weight [N, K]; optionally 3 bias f32 [N].
 // Output: f32 [T, N], norm(x) * weight^T + bias.
 extern "C" int NormLinear(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("NormLinear", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     require(count == 4 || count == 5, "takes 3 or 4 inputs");
-    const int y_index = count - 1;
     const float *x = a.data<float>(0, "float32", 2), *norm = a.data<float>(1, "float32", 1);
-    const float *weight = a.data<float>(2, "float32", 2), *bias = count == 5 ? a.data<float>(3, "float32", 1) : nullptr;
-    float *y = a.data<float>(y_index, "float32", 2);
-    const int64_t tokens = a.dim(0, 0), k_size = a.dim(0, 1), rows = a.dim(2, 0);
-    a.expect_dim(1, 0, k_size + 1);
-    a.expect_dim(2, 1, k_size);
-    if (bias) a.expect_dim(3, 0, rows);
-    a.expect_dim(y_index, 0, tokens);
-    a.expect_dim(y_index, 1, rows);
-    native::multiply(native::normalized(x, norm, tokens, k_size), weight, tokens, rows, k_size,
-                     [&](int64_t t, int64_t n, float dot) { y[t * rows + n] = bias ? dot + bias[n] : dot; });
+    const int64_t tokens = a.dim(0, 0), columns = a.dim(0, 1);
+    a.expect_dim(1, 0, columns + 1);
+    const Weight weight = read_weight(a, 2, columns);
+    const float *bias = count == 5 ? a.data<float>(3, "float32", 1) : nullptr;
+    if (bias) a.expect_dim(3, 0, weight.rows);
+    float *y = a.data<float>(count - 1, "float32", 2);
+    a.expect_dim(count - 1, 0, tokens);
+    a.expect_dim(count - 1, 1, weight.rows);
+    multiply(prepare(x, norm, tokens, weight), tokens, weight, false, [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+      float *to = y + t * weight.rows + n;
+      for (int64_t i = 0; i < rows; ++i) to[i] = bias ? dots[i] + bias[n + i] : dots[i];
+    });
   });
 }
 
-// Inputs: 0 x f32 [T, K]; 1 norm f32 [K + 1]; 2 weight f32 [2 * I, K], rows of gate and up in turn.
+// The end of a network. Inputs: 0 x f32 [L, K]; 1 norm f32 [K + 1]; 2 weight [V, K].
+// Outputs: 3 logits f32 [L, V]; 4 f32 [L, ceil(V / 64)], the largest of each 64 neighbouring logits (NaN if one is), from
+// which the best tokens are found without another look at them all.
+extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
+  return guarded("Head", [&] {
+    const Arguments a(count, pointers, ranks, shapes, dtypes);
+    a.expect(5);
+    const float *x = a.data<float>(0, "float32", 2), *norm = a.data<float>(1, "float32", 1);
+    const int64_t tokens = a.dim(0, 0), columns = a.dim(0, 1);
+    a.expect_dim(1, 0, columns + 1);
+    const Weight weight = read_weight(a, 2, columns);
+    const int64_t runs = (weight.rows + kRun - 1) / kRun;
+    float *logits = a.data<float>(3, "float32", 2), *maxima = a.data<float>(4, "float32", 2);
+    a.expect_dim(3, 0, tokens);
+    a.expect_dim(3, 1, weight.rows);
+    a.expect_dim(4, 0, tokens);
+    a.expect_dim(4, 1, runs);
+    static_assert(kRun == kTaskRows, "a task has a whole run");
+    multiply(prepare(x, norm, tokens, weight), tokens, weight, true, [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+      std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
+      maxima[t * runs + n / kRun] = largest(dots, rows);
+    });
+  });
+}
+
+// Inputs: 0 x f32 [T, K]; 1 norm f32 [K + 1]; 2 weight [2 * I, K], rows of gate and up in turn.
 // Output: f32 [T, I], silu(gate) * up.
 extern "C" int NormGatedLinear(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("NormGatedLinear", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     a.expect(4);
     const float *x = a.data<float>(0, "float32", 2), *norm = a.data<float>(1, "float32", 1);
-    const float *weight = a.data<float>(2, "float32", 2);
+    const int64_t tokens = a.dim(0, 0), columns = a.dim(0, 1);
+    a.expect_dim(1, 0, columns + 1);
+    const Weight weight = read_weight(a, 2, columns);
+    require(weight.rows % 2 == 0, "the weight must have a gate row for every up row");
     float *y = a.data<float>(3, "float32", 2);
-    const int64_t tokens = a.dim(0, 0), k_size = a.dim(0, 1), rows = a.dim(2, 0);
-    require(rows % 2 == 0, "the weight must have a gate row for every up row");
-    a.expect_dim(1, 0, k_size + 1);
-    a.expect_dim(2, 1, k_size);
     a.expect_dim(3, 0, tokens);
-    a.expect_dim(3, 1, rows / 2);
-    // A block holds gate and up of the same output (kBlockRows is even), gate first
-    native::multiply(native::normalized(x, norm, tokens, k_size), weight, tokens, rows, k_size,
-                     [&](int64_t t, int64_t n, float dot) {
-                       float &out = y[t * (rows / 2) + n / 2];
-                       out = n % 2 == 0 ? dot / (1.f + std::exp(-dot)) : out * dot;
-                     });
+    a.expect_dim(3, 1, weight.rows / 2);
+    multiply(prepare(x, norm, tokens, weight), tokens, weight, false, [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+      float *to = y + (t * weight.rows + n) / 2;
+      for (int64_t i = 0; i < rows / 2; ++i) to[i] = silu(dots[2 * i]) * dots[2 * i + 1];
+    });
   });
 }
 
-// Inputs: 0 residual f32 [T, N]; 1 x f32 [T, K]; 2 weight f32 [N, K]; optionally 3 bias f32 [N].
+// Inputs: 0 residual f32 [T, N]; 1 x f32 [T, K]; 2 weight [N, K]; optionally 3 bias f32 [N].
 // Output: f32 [T, N], residual + x * weight^T + bias.
 extern "C" int ResidualLinear(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("ResidualLinear", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     require(count == 4 || count == 5, "takes 3 or 4 inputs");
-    const int y_index = count - 1;
     const float *residual = a.data<float>(0, "float32", 2), *x = a.data<float>(1, "float32", 2);
-    const float *weight = a.data<float>(2, "float32", 2), *bias = count == 5 ? a.data<float>(3, "float32", 1) : nullptr;
-    float *y = a.data<float>(y_index, "float32", 2);
-    const int64_t tokens = a.dim(1, 0), k_size = a.dim(1, 1), rows = a.dim(2, 0);
-    a.expect_dim(0, 0, tokens);
-    a.expect_dim(0, 1, rows);
-    a.expect_dim(2, 1, k_size);
-    if (bias) a.expect_dim(3, 0, rows);
-    a.expect_dim(y_index, 0, tokens);
-    a.expect_dim(y_index, 1, rows);
-    native::multiply(x, weight, tokens, rows, k_size, [&](int64_t t, int64_t n, float dot) {
-      y[t * rows + n] = residual[t * rows + n] + dot + (bias ? bias[n] : 0.f);
+    const int64_t tokens = a.dim(1, 0);
+    const Weight weight = read_weight(a, 2, a.dim(1, 1));
+    const float *bias = count == 5 ? a.data<float>(3, "float32", 1) : nullptr;
+    if (bias) a.expect_dim(3, 0, weight.rows);
+    float *y = a.data<float>(count - 1, "float32", 2);
+    for (int i : {0, count - 1}) {
+      a.expect_dim(i, 0, tokens);
+      a.expect_dim(i, 1, weight.rows);
+    }
+    multiply(prepare(x, nullptr, tokens, weight), tokens, weight, false, [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+      const int64_t at = t * weight.rows + n;
+      for (int64_t i = 0; i < rows; ++i) y[at + i] = residual[at + i] + dots[i] + (bias ? bias[n + i] : 0.f);
     });
   });
 }
 
 extern "C" {
 
-std::vector<int64_t> NormLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0]}; }
-std::vector<int64_t> NormGatedLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0] / 2}; }
-std::vector<int64_t> ResidualLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[1][0], shapes[2][0]}; }
+using Shape = std::vector<int64_t>;
+
+Shape EmbeddingInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0] > 0 ? shapes[2][0] - 1 : -1}; }
+Shape NormLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0]}; }
+Shape NormGatedLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0] / 2}; }
+Shape ResidualLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[1][0], shapes[2][0]}; }
+std::vector<Shape> HeadInferShape(int *, int64_t **shapes, AotExtra *) {
+  return {{shapes[0][0], shapes[2][0]}, {shapes[0][0], (shapes[2][0] + kRun - 1) / kRun}};
+}
+
+TypeId EmbeddingInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 TypeId NormLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 TypeId NormGatedLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 TypeId ResidualLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
+std::vector<TypeId> HeadInferType(std::vector<TypeId>, AotExtra *) { return {kNumberTypeFloat32, kNumberTypeFloat32}; }
 
 }  // extern "C"

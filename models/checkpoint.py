@@ -20,12 +20,14 @@ from models.network_config import NetworkConfig
 from models.safetensors_folder import PICKLES, SafetensorsFolder
 from models.text_files import TextFiles
 from models.weight_map import (
+    Blocks,
     Floats,
     TensorSource,
     WeightMap,
     check_tensors,
     gguf_weight_map,
     huggingface_weight_map,
+    read_blocks,
     read_weight,
 )
 
@@ -49,6 +51,10 @@ class Checkpoint:
     def read(self, name: str) -> Floats:
         """The weight ``name`` of ``config.weight_shapes()``: float32, C-contiguous, in memory of its own."""
         return read_weight(self.tensors, self.weights[name])
+
+    def read_blocks(self, name: str) -> Blocks | None:
+        """The same weight as the file stores it, if that is in blocks of one kind that operators can read."""
+        return read_blocks(self.tensors, self.weights[name])
 
 
 def source_digest(path: Path) -> str:

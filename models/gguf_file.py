@@ -10,7 +10,14 @@ import gguf
 import numpy as np
 
 from models.checkpoint_error import CheckpointError
-from models.weight_map import Floats
+from models.weight_map import Blocks, Floats
+
+BLOCK_KINDS = (
+    gguf.GGMLQuantizationType.Q4_0,
+    gguf.GGMLQuantizationType.Q4_1,
+    gguf.GGMLQuantizationType.Q8_0,
+    gguf.GGMLQuantizationType.BF16,
+)
 
 
 class GGUFFile:
@@ -66,3 +73,10 @@ class GGUFFile:
                 f"{self.path}: {name} is stored as {tensor.tensor_type.name}, which cannot be dequantised"
             ) from None
         return np.array(values, dtype=np.float32, order="C")
+
+    def read_blocks(self, name: str) -> Blocks | None:
+        """One tensor as it is stored, if in one of ``BLOCK_KINDS``: rows of bytes in memory of the file."""
+        tensor = self._tensors[name]
+        if tensor.tensor_type not in BLOCK_KINDS:
+            return None
+        return Blocks(tensor.tensor_type, tensor.data.view(np.uint8).reshape(self.shapes[name][0], -1))

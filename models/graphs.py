@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from config.manifest import Capabilities, GraphTensor
+from config.serving_config import WeightFormat
 from models import mindir, portable
 from models.checkpoint import Checkpoint
 from models.network import Network, Phase
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_graphs(
-    checkpoint: Checkpoint, folder: Path, operators: str, block_size: int
+    checkpoint: Checkpoint, folder: Path, operators: str, weight_format: WeightFormat, block_size: int
 ) -> tuple[tuple[GraphTensor, ...], tuple[GraphTensor, ...]]:
     """Write prefill, decode, argmax and topk MindIR and the weights that the first two share.
 
@@ -34,7 +35,7 @@ def write_graphs(
     ms.set_device("CPU")
     config = checkpoint.config
     module = operator_module(operators)
-    weights = Weights(checkpoint, module)
+    weights = Weights(checkpoint, module, weight_format)
     for phase in PHASES:
         logger.info("exporting %s graph, %d layers", phase, config.num_layers)
         network = Network(config, weights.get, module, phase, block_size)
@@ -59,9 +60,10 @@ def capabilities(operators: str) -> Capabilities:
 class Weights:
     """A checkpoint's weights as Parameters, packed for the operators, each read once and shared by both networks."""
 
-    def __init__(self, checkpoint: Checkpoint, operators: ModuleType) -> None:
+    def __init__(self, checkpoint: Checkpoint, operators: ModuleType, weight_format: WeightFormat) -> None:
         self._checkpoint = checkpoint
-        self._pack = operators.pack
+        self._weight_format = weight_format
+        self._packed = operators.read
         self._shapes = checkpoint.config.weight_shapes()
         self._read: dict[str, Parameter] = {}
 
@@ -70,7 +72,7 @@ class Weights:
         if name not in self._shapes:
             return None
         if name not in self._read:
-            value = self._pack(self._checkpoint.config, name, self._checkpoint.read(name))
+            value = self._packed(self._checkpoint, name, self._weight_format)
             self._read[name] = Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
         return self._read[name]
 
@@ -95,7 +97,7 @@ def graph_outputs(config: NetworkConfig, operators: str) -> tuple[GraphTensor, .
     """What ``Network.construct`` returns."""
     logits = GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size))
     if operators == "native":
-        return (logits,)
+        return (logits, GraphTensor(name="maxima", dtype="float32", shape=(-1, -(-config.vocab_size // 64))))
     shape = (config.num_layers, -1, config.num_kv_heads, config.head_dim)
     return (logits, *(GraphTensor(name=name, dtype="float32", shape=shape) for name in ("new_keys", "new_values")))
 

@@ -6,50 +6,102 @@ mapping and attends over the row's blocks, for rows of any length in either phas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
+from config.serving_config import WeightFormat
 from kernels import library
+from models.checkpoint import Checkpoint
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.portable import Rope
-from models.weight_map import Floats
+from models.weight_format import MATRICES, panels, read_blocks
+from models.weight_map import Rows
 
-F16, F32, I32 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default
+F16, F32, I32, U8 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "gguf")
 MAX_STEP_TOKENS = None  # as many as the configuration allows
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
 
 
-def custom(name: str, *signatures: tuple[Any, ...]) -> ops.Custom:
-    """An operator of our library. Each signature names the dtypes of its inputs, then of its output.
+def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Custom:
+    """An operator of our library. Each signature names the dtypes of its inputs, then of its outputs.
 
     Shapes and types are inferred in C++, which dynamic shapes and a reloaded MindIR both need.
     """
     info = CustomRegOp(name)
-    for i in range(len(signatures[0]) - 1):
+    for i in range(len(signatures[0]) - outputs):
         info = info.input(i, f"x{i}")
-    info = info.output(0, "y")
+    for i in range(outputs):
+        info = info.output(i, f"y{i}")
     for signature in signatures:
         info = info.dtype_format(*signature)
     return ops.Custom(f"{library.path()}:{name}", None, None, "aot", reg_info=info.target("CPU").get_op_info())
 
 
-def pack(config: NetworkConfig, name: str, value: Floats) -> Floats:
+def read(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Rows:
     """A weight of ``network_config`` as these operators want it.
 
-    Norms end in their epsilon; rows of gate and up take turns, so that a thread has both of an output.
+    Norms end in their epsilon; rows of gate and up take turns, so that a thread has both of an output; matrices have
+    the format ``weights``.
+
+    Raises:
+        CheckpointError: the weight cannot have that format.
     """
-    kind = name.rpartition(".")[2]
+    config, kind = checkpoint.config, name.rpartition(".")[2]
     if kind in ("attention_norm", "mlp_norm", "norm"):
-        return np.append(value, np.float32(config.norm_eps))
+        return np.append(checkpoint.read(name), np.float32(config.norm_eps))
+    if weights == "float32" or kind not in MATRICES:
+        value = checkpoint.read(name)
+        return in_turn(value) if kind == "gate_up" else value
+    blocks = read_blocks(checkpoint, name, weights)
     if kind == "gate_up":
-        gate_and_up = value.reshape(2, config.intermediate_size, config.hidden_size)
-        return np.ascontiguousarray(gate_and_up.swapaxes(0, 1)).reshape(value.shape)
-    return value
+        blocks = replace(blocks, rows=in_turn(blocks.rows))
+    return panels(blocks, config.weight_shapes()[name][1])
+
+
+def in_turn(rows: Rows) -> Rows:
+    """The rows of the two halves of a weight in turn: the first of each, the second of each, …"""
+    first, second = np.split(rows, 2)
+    turns: Rows = np.stack((first, second), axis=1).reshape(rows.shape)
+    return turns
+
+
+def linear(name: str, weight: Parameter, *, before: int, bias: Parameter | None = None) -> ops.Custom:
+    """A linear operator with ``before`` float32 inputs in front of its weight, which is of any format."""
+    signature = (F32,) * before + (U8 if weight.dtype == ms.uint8 else F32,) + (F32,) * (bias is not None)
+    return custom(name, (*signature, F32))
+
+
+class Embedding(nn.Cell):  # type: ignore[misc]
+    """The rows of the tokens: i32 ``[T] → [T, hidden]``. A norm's length says how many numbers a packed row has."""
+
+    def __init__(self, weight: Parameter, norm: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight, self.norm = weight, norm
+        self.rows = custom("Embedding", (I32, U8 if weight.dtype == ms.uint8 else F32, F32, F32))
+
+    def construct(self, token_ids: Tensor) -> Tensor:
+        return self.rows(token_ids, self.weight, self.norm)
+
+
+class Head(nn.Cell):  # type: ignore[misc]
+    """RMS norm and the vocabulary: ``[L, hidden] →`` logits ``[L, V]`` and the largest of each 64 of them."""
+
+    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.weight = norm, weight
+        signature = (F32, F32, U8 if weight.dtype == ms.uint8 else F32, F32, F32)
+        self.head = custom("Head", signature, outputs=2)
+
+    def construct(self, x: Tensor) -> Any:
+        return self.head(x, self.norm, self.weight)
 
 
 class NormLinear(nn.Cell):  # type: ignore[misc]
@@ -58,7 +110,7 @@ class NormLinear(nn.Cell):  # type: ignore[misc]
     def __init__(self, norm: Parameter, eps: float, weight: Parameter, bias: Parameter | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.norm, self.weight, self.bias = norm, weight, bias
-        self.linear = custom("NormLinear", (F32,) * (4 if bias is None else 5))
+        self.linear = linear("NormLinear", weight, before=2, bias=bias)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -72,7 +124,7 @@ class NormGatedLinear(nn.Cell):  # type: ignore[misc]
     def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.norm, self.weight = norm, weight
-        self.linear = custom("NormGatedLinear", (F32,) * 4)
+        self.linear = linear("NormGatedLinear", weight, before=2)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.linear(x, self.norm, self.weight)
@@ -84,7 +136,7 @@ class ResidualLinear(nn.Cell):  # type: ignore[misc]
     def __init__(self, weight: Parameter, bias: Parameter | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.weight, self.bias = weight, bias
-        self.linear = custom("ResidualLinear", (F32,) * (4 if bias is None else 5))
+        self.linear = linear("ResidualLinear", weight, before=2, bias=bias)
 
     def construct(self, residual: Tensor, x: Tensor) -> Tensor:
         if self.bias is None:

@@ -54,21 +54,22 @@ class Network(nn.Cell):  # type: ignore[misc]
     i32 [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's
     block b is at l * num_blocks + b.
 
-    Outputs: logits f32 [L, vocab], and from operators that leave the cache to the host every layer's new keys and
-    values, f32 [layers, T, K, D] each.
+    Outputs: logits f32 [L, vocab], then from C++ operators the largest of each 64 neighbouring logits, f32
+    [L, ceil(vocab / 64)], from operators that leave the cache to the host every layer's new keys and values, f32
+    [layers, T, K, D] each.
     """
 
     def __init__(
         self, config: NetworkConfig, weights: Weights, operators: ModuleType, phase: Phase, block_size: int
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.embed_tokens = weights("embed_tokens")
+        self.embed = operators.Embedding(weights("embed_tokens"), weights("norm"))
         self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
         self.layers = nn.CellList(
             [Layer(config, i, weights, operators, phase) for i in range(config.num_layers)], auto_prefix=False
         )
-        head = self.embed_tokens if config.tied_embeddings else weights("head")
-        self.head = operators.NormLinear(weights("norm"), config.norm_eps, head)
+        head = weights("embed_tokens" if config.tied_embeddings else "head")
+        self.head = operators.Head(weights("norm"), config.norm_eps, head)
 
     def construct(
         self,
@@ -82,7 +83,7 @@ class Network(nn.Cell):  # type: ignore[misc]
         key_cache: Tensor,
         value_cache: Tensor,
     ) -> Any:
-        x = ops.gather(self.embed_tokens, token_ids, 0)
+        x = self.embed(token_ids)
         geometry = self.geometry(positions, slot_mapping, block_tables, query_lens, context_lens)
         keys: Any = ()
         values: Any = ()

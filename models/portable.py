@@ -18,16 +18,30 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from config.serving_config import WeightFormat
+from models.checkpoint import Checkpoint
 from models.network_config import NetworkConfig
 from models.weight_map import Floats
 
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32",)
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
 
 
-def pack(config: NetworkConfig, name: str, value: Floats) -> Floats:
+def read(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Floats:
     """A weight as these operators want it: as it is."""
-    return value
+    return checkpoint.read(name)
+
+
+class Embedding(nn.Cell):  # type: ignore[misc]
+    """The rows of the tokens: i32 ``[T] → [T, hidden]``."""
+
+    def __init__(self, weight: Parameter, norm: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight = weight
+
+    def construct(self, token_ids: Tensor) -> Tensor:
+        return ops.gather(self.weight, token_ids, 0)
 
 
 class RMSNorm(nn.Cell):  # type: ignore[misc]
@@ -66,6 +80,10 @@ class NormLinear(nn.Cell):  # type: ignore[misc]
 
     def construct(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
+
+
+class Head(NormLinear):
+    """RMS norm and the vocabulary: ``[L, hidden] → [L, V]``."""
 
 
 class NormGatedLinear(nn.Cell):  # type: ignore[misc]

@@ -63,6 +63,9 @@ class SafetensorsFolder:
         stored = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.size,))
         return _to_float32(stored, tensor.dtype).reshape(tensor.shape)
 
+    def read_blocks(self, name: str) -> None:
+        """Safetensors files hold numbers, not blocks."""
+
 
 def _to_float32(stored: np.memmap[Any, np.dtype[np.uint8]], dtype: str) -> Floats:
     if dtype == "BF16":  # the upper half of a float32

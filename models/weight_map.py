@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,12 +20,22 @@ from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 
 Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Rows = NDArray[Any]  # of numbers, or of the bytes of their blocks
 
 
 class RowOrder(Protocol):
     """Puts the rows of a weight with this many heads into our order."""
 
-    def __call__(self, rows: Floats, heads: int) -> Floats: ...
+    def __call__(self, rows: Rows, heads: int) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor in blocks of 32 numbers as GGUF stores them: uint8 ``[N, bytes of a row]``."""
+
+    kind: gguf.GGMLQuantizationType  # Q4_0, Q4_1, Q8_0 or BF16
+    rows: Bytes
 
 
 class TensorSource(Protocol):
@@ -37,6 +48,9 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Floats:
         """One tensor as float32 in memory of its own."""
 
+    def read_blocks(self, name: str) -> Blocks | None:
+        """One tensor as it is stored, if that is in blocks that operators can read."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -44,7 +58,7 @@ class Piece:
 
     tensor: str
     shape: tuple[int, ...]
-    arrange: Callable[[Floats], Floats] | None = None  # its rows into our order
+    arrange: Callable[[Rows], Rows] | None = None  # its rows into our order
 
 
 WeightMap = dict[str, tuple[Piece, ...]]
@@ -142,13 +156,13 @@ def _pieces(
         yield Piece(names[role], shape)
 
 
-def _halves_from_pairs(rows: Floats, heads: int) -> Floats:
+def _halves_from_pairs(rows: Rows, heads: int) -> Rows:
     """Rotary partners from rows ``2i, 2i + 1`` of a head to rows ``i, i + d/2``; undoes llama.cpp's ``permute``."""
     paired = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, d/2, 2, …]
     return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _unpack_groups(rows: Floats, config: NetworkConfig) -> Floats:
+def _unpack_groups(rows: Rows, config: NetworkConfig) -> Rows:
     """InternLM2's ``wqkv``, for each key/value head its query heads, the key and the value → all q, all k, all v."""
     group = config.num_heads // config.num_kv_heads
     packed = rows.reshape(config.num_kv_heads, group + 2, config.head_dim, *rows.shape[1:])
@@ -158,8 +172,23 @@ def _unpack_groups(rows: Floats, config: NetworkConfig) -> Floats:
 
 def read_weight(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Floats:
     """One weight, C-contiguous, in memory of its own."""
-    parts = [(piece, tensors.read(piece.tensor)) for piece in pieces]
-    arranged = [part if piece.arrange is None else piece.arrange(part) for piece, part in parts]
+    weight: Floats = _stacked(pieces, [tensors.read(piece.tensor) for piece in pieces])
+    return weight
+
+
+def read_blocks(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Blocks | None:
+    """One weight as it is stored; None unless all its tensors are in blocks of one kind."""
+    parts = [tensors.read_blocks(piece.tensor) for piece in pieces]
+    stored = [part for part in parts if part is not None]
+    if len(stored) < len(parts) or len({part.kind for part in stored}) > 1:
+        return None
+    return Blocks(stored[0].kind, _stacked(pieces, [part.rows for part in stored]))
+
+
+def _stacked(pieces: tuple[Piece, ...], parts: list[Rows]) -> Rows:
+    arranged = [
+        part if piece.arrange is None else piece.arrange(part) for piece, part in zip(pieces, parts, strict=True)
+    ]
     return np.ascontiguousarray(arranged[0] if len(arranged) == 1 else np.concatenate(arranged))
 
 

@@ -25,8 +25,15 @@ class NativeLibrary:
 
     def call(self, name: str, inputs: Sequence[NDArray[Any]], output_shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Run operator ``name``; inputs must be contiguous, and may be written to."""
-        output = np.full(output_shape, np.nan, dtype=np.float32)
-        arrays = [*inputs, output]
+        (output,) = self.call_all(name, inputs, output_shape)
+        return output
+
+    def call_all(
+        self, name: str, inputs: Sequence[NDArray[Any]], *output_shapes: tuple[int, ...]
+    ) -> list[NDArray[np.float32]]:
+        """The same for an operator with several outputs."""
+        outputs = [np.full(shape, np.nan, dtype=np.float32) for shape in output_shapes]
+        arrays = [*inputs, *outputs]
         assert all(array.flags.c_contiguous for array in arrays)
         count = len(arrays)
         shapes = [(ctypes.c_int64 * max(1, array.ndim))(*array.shape) for array in arrays]
@@ -41,4 +48,4 @@ class NativeLibrary:
         )
         if code:
             raise OperatorError(self.own.last_error())
-        return output
+        return outputs

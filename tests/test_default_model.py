@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from default_model import NEW_TOKENS, PROMPTS, default_model
 from paged_rows import Row, step
 from serving_processes import Serving, serving
 from tokenizers import Tokenizer
@@ -22,13 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from agent.model_runner import ModelRunner
 from models import export
 
-NEW_TOKENS = 48
 NEAR_TIE = 0.01  # between the reference's two best logits: from there on f32 sums in another order may choose otherwise
 LOGIT_TOLERANCE = 1e-3
-PROMPTS = [
-    line.replace("\\n", "\n").replace("\\t", "\t")
-    for line in (Path(__file__).parent / "golden_prompts.txt").read_text(encoding="utf-8").splitlines()
-]
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,8 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def model_folder() -> Path:
-    """The exported default model, as ``make export`` leaves it."""
-    options = export.ExportOptions(operators=export.choose_operators("auto"))
-    export.export(export.default_checkpoint(), export.DEFAULT_FOLDER, options)
-    return export.DEFAULT_FOLDER
+    """The default model in the reference format; kept for the next time, beside the one that ``make export`` leaves."""
+    return default_model("float32")
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from paged_rows import Row, step
-from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny
+from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny, write_tiny_gguf
 
 from agent import model_runner
 from agent.model_runner import ModelRunner
 from agent.runner import RunnerBroken
+from config.serving_config import WeightFormat
 from kernels import library
 from models.export import ExportOptions, Operators, choose_operators
 from models.export import export as export_checkpoint
 
 BLOCK_SIZE = 8
 TOLERANCE = 1e-3  # of a logit
+PACKED_TOLERANCE = 0.1  # of the largest logit, where weights and activations are rounded
 OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() else [])]
+needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 DISTINCT = ("llama", "internlm", "qwen3")  # plain, with biases, with norms: all that differs between operators
 CASES = [
     pytest.param((family, operators), id=f"{family}-{operators}", marks=marks)
@@ -30,10 +34,10 @@ CASES = [
 ]
 
 
-def export(checkpoint: Path, folder: Path, operators: Operators) -> None:
+def export(checkpoint: Path, folder: Path, operators: Operators, weights: WeightFormat = "float32") -> None:
     """Export as the command line does, in this process."""
     choose_operators(operators)
-    export_checkpoint(checkpoint, folder, ExportOptions(operators=operators, block_size=BLOCK_SIZE))
+    export_checkpoint(checkpoint, folder, ExportOptions(operators=operators, weights=weights, block_size=BLOCK_SIZE))
 
 
 def open_runner(folder: Path, cache_dtype: str = "float32") -> ModelRunner:
@@ -105,6 +109,38 @@ def test_a_step_may_want_no_logits(network: tuple[torch.nn.Module, ModelRunner])
     assert runner.run(nothing).shape == (0, VOCAB_SIZE)
 
 
+@needs_compiler
+@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_packed_weights_change_logits_a_little(family: str, weights: WeightFormat, tmp_path: Path) -> None:
+    model = write_tiny(family, tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported", "native", weights)
+    assert_similar(open_runner(tmp_path / "exported"), model)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16", "Q5_0"])
+def test_the_blocks_of_a_gguf_file_are_served_as_they_are(kind: str, tmp_path: Path) -> None:
+    write_tiny_gguf("llama", tmp_path / "tiny.gguf", quantization=getattr(gguf.GGMLQuantizationType, kind))
+    runners = []
+    for weights in ("float32", "gguf"):
+        export(tmp_path / "tiny.gguf", tmp_path / weights, "native", weights)
+        runners.append(open_runner(tmp_path / weights))
+    sizes = [(tmp_path / weights / "weights.bin").stat().st_size for weights in ("float32", "gguf")]
+    assert sizes[1] < sizes[0] * (0.6 if kind == "BF16" else 0.35)
+    tokens = random_tokens(1, 40)
+    exact, packed = (runner.run(step([Row([1, 2, 3, 4, 5], tokens)], [40], BLOCK_SIZE)) for runner in runners)
+    assert largest_difference(exact, packed) < PACKED_TOLERANCE * np.abs(exact).max()
+
+
+def assert_similar(runner: ModelRunner, model: torch.nn.Module) -> None:
+    """A prompt, a chunk on cached context and a decoded token have nearly the reference's logits."""
+    row = Row([5, 3, 9], random_tokens(1, 20))
+    expected = reference_logits(model, row.tokens)
+    parts = [runner.run(step([row], [length], BLOCK_SIZE, every_position=True)) for length in (9, 10, 1)]
+    assert largest_difference(np.concatenate(parts), expected) < PACKED_TOLERANCE * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("operators", OPERATORS)
 def test_a_half_precision_cache_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
     model = write_tiny("llama", tmp_path / "checkpoint")
@@ -143,7 +179,7 @@ def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, mon
     assert calls == [[1], [9], [4], [1, 1], [9], [1, 1], [2]]
 
 
-@pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
+@needs_compiler
 def test_a_runner_whose_operator_failed_says_that_it_is_broken(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", "native")

@@ -1,0 +1,49 @@
+// Arithmetic that compilers turn into vector code: no branch, no call.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace native {
+
+// e^x for x <= 0 to 2e-7 relative: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor polynomial.
+inline float exp_of_negative(float x) {
+  const float scaled = std::max(x, -87.f) * 1.44269504f;
+  const float whole = std::floor(scaled + 0.5f), f = (scaled - whole) * 0.693147181f;
+  const float power = 1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float two_to_n;
+  std::memcpy(&two_to_n, &bits, sizeof(bits));
+  return power * two_to_n;
+}
+
+// x / (1 + e^-x)
+inline float silu(float x) {
+  const float small = exp_of_negative(-std::fabs(x));  // never overflows
+  return x * (x < 0.f ? small : 1.f) / (1.f + small);
+}
+
+inline float from_half(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return static_cast<float>(value);
+}
+
+inline float from_bfloat(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? bits >> 16 | 0x40 : rounded);
+}
+
+}  // namespace native

@@ -1,0 +1,104 @@
+"""The default model in each format of its weights: how far its greedy text goes with that of float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from default_model import NEW_TOKENS, PROMPTS, default_model
+from numpy.typing import NDArray
+from paged_rows import Row, step
+from tokenizers import Tokenizer
+
+from agent.model_runner import ModelRunner
+from config.manifest import read_manifest
+from config.serving_config import WeightFormat
+from kernels import library
+from models import export
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
+
+Tokens = list[list[int]]
+# The least mean number of tokens, of 48: what benchmarks.quality measures on more prompts, less three standard errors
+BOUNDS: dict[WeightFormat, float] = {"bfloat16": 36.0, "int8": 18.0, "gguf": 20.0}
+
+
+def open_model(folder: Path) -> ModelRunner:
+    return ModelRunner(folder, cache_bytes=512 << 20, cache_dtype="float32", threads=None)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Tokens:
+    tokenizer = Tokenizer.from_file(str(default_model("float32") / "tokenizer.json"))
+    return [encoding.ids for encoding in tokenizer.encode_batch(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: Tokens) -> Tokens:
+    """float32's greedy answers, whatever their tokens are."""
+    runner = open_model(default_model("float32"))
+    size = runner.manifest.block_size
+    rows = [Row(blocks_of(i, prompt, size), list(prompt)) for i, prompt in enumerate(prompts)]
+    for row in rows:
+        row.tokens.append(best(runner, runner.run(step([row], [len(row.tokens)], size)))[0])
+    for _ in range(NEW_TOKENS - 1):
+        for row, token in zip(rows, best(runner, runner.run(step(rows, [1] * len(rows), size))), strict=True):
+            row.tokens.append(token)
+    return [row.tokens[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def blocks_of(index: int, prompt: list[int], size: int) -> range:
+    """Blocks of its own for a row: enough for any of the prompts and its answer."""
+    most = -(-(200 + NEW_TOKENS) // size)
+    assert len(prompt) <= 200
+    return range(1 + index * most, 1 + (index + 1) * most)
+
+
+def best(runner: ModelRunner, logits: NDArray[np.float32]) -> list[int]:
+    """The best tokens that do not end an answer."""
+    logits = logits.copy()
+    logits[:, list(runner.manifest.tokenizer.eos_token_ids)] = -np.inf
+    return [int(token) for token in logits.argmax(axis=1)]
+
+
+def matched(folder: Path, prompts: Tokens, reference: Tokens) -> float:
+    """Tokens, in the mean, until the model at ``folder`` would have chosen another one than float32 did."""
+    runner = open_model(folder)
+    lengths = []
+    for prompt, answer in zip(prompts, reference, strict=True):
+        row = Row(blocks_of(0, prompt, runner.manifest.block_size), prompt + answer[:-1])
+        logits = runner.run(step([row], [len(row.tokens)], runner.manifest.block_size, every_position=True))
+        chosen = best(runner, logits[len(prompt) - 1 :])
+        differs = [i for i, (ours, theirs) in enumerate(zip(chosen, answer, strict=True)) if ours != theirs]
+        lengths.append(differs[0] if differs else len(answer))
+    return sum(lengths) / len(lengths)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "int8"))],
+)
+def test_greedy_text_goes_a_long_way_with_that_of_float32(
+    weights: WeightFormat, prompts: Tokens, reference: Tokens, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mean = matched(default_model(weights), prompts, reference)
+    with capsys.disabled():
+        print(f"\n{weights}: {mean:.1f} of {NEW_TOKENS} tokens as in float32")
+    assert mean >= BOUNDS[weights]
+
+
+def test_float32_goes_all_the_way_with_itself(prompts: Tokens, reference: Tokens) -> None:
+    assert matched(default_model("float32"), prompts, reference) > NEW_TOKENS - 2  # but for near ties
+
+
+def test_auto_takes_what_is_known_to_be_best_for_the_default_model(tmp_path: Path) -> None:
+    assert export.main(["--output", str(tmp_path / "model")]) == 0
+    assert read_manifest(tmp_path / "model").weights == "gguf"
+
+
+def test_auto_is_careful_with_other_models_and_exact_without_a_compiler() -> None:
+    assert export.choose_weights("auto", "native", "0" * 64) == "bfloat16"
+    assert export.choose_weights("auto", "portable", "0" * 64) == "float32"
+    with pytest.raises(export.CheckpointError, match="--weights int8: standard operators read float32 only"):
+        export.choose_weights("int8", "portable", "0" * 64)
