@@ -78,12 +78,11 @@ def _draw_from_all(
     cumulated = np.cumsum(logits.sums(rows, largest, settings["temperature"]), axis=1, dtype=np.float64)
     target = _target(cumulated[:, -1], uniform)
     run = _pick(cumulated, target)
-    ids, weights = logits.runs(rows, run)
+    first, weights = logits.runs(rows, run)
     weigh(weights, largest, settings["temperature"])
     inside = np.cumsum(weights, axis=1, dtype=np.float64)
     target -= np.where(run > 0, cumulated[each, run - 1], 0.0)
-    drawn: NDArray[np.int64] = ids[each, _pick(inside, np.minimum(target, np.nextafter(inside[:, -1], 0)))]
-    return drawn
+    return first + _pick(inside, np.minimum(target, np.nextafter(inside[:, -1], 0)))
 
 
 def _draw_filtered(

@@ -51,22 +51,25 @@ class Logits:
 
     def best(self) -> NDArray[np.int64]:
         """The token with the largest logit of each row, of equal ones the first, ``[L]``."""
-        rows = np.arange(len(self))
-        ids, values = self.runs(rows, self.maxima.argmax(axis=1))
-        tokens: NDArray[np.int64] = ids[rows, values.argmax(axis=1)]
+        first, values = self.runs(np.arange(len(self)), self.maxima.argmax(axis=1))
+        tokens: NDArray[np.int64] = first + values.argmax(axis=1)
         return tokens
 
     def runs(self, rows: Places, runs: Places) -> tuple[NDArray[np.int64], Floats]:
-        """Tokens and logits of N runs, given by row and by number in it: each ``[N, RUN]``.
+        """N runs, given by row and by number in it: the first token of each ``[N]``, and its logits ``[N, C]``.
 
-        A run that is shorter is filled up with logits of minus infinity.
+        C is ``RUN`` or a smaller vocabulary. In place of a short last run it is the last C tokens of a row, of which
+        those of the run before have logits of minus infinity.
         """
         vocab = self.values.shape[1]
-        ids = (runs * RUN)[:, None] + np.arange(RUN)
-        values = self.values.reshape(-1).take(ids + (rows * vocab)[:, None], mode="clip")
+        width = min(RUN, vocab)
+        first = np.minimum(runs * RUN, vocab - width)
+        shape = max(0, self.values.size - width + 1), width  # windows that begin at every token
+        windows: Floats = np.ndarray(shape, np.float32, self.values, strides=(4, 4))
+        values = windows[rows * vocab + first]
         if vocab % RUN:
-            values[ids >= vocab] = -np.inf
-        return ids, values
+            values[np.arange(width) < (runs * RUN - first)[:, None]] = -np.inf
+        return first, values
 
     def sums(self, rows: Places, largest: Floats, temperatures: NDArray[np.float64] | float) -> Floats:
         """Σ exp((logit - largest) / temperature) of each run of N rows, ``[N, runs]``; the last two are ``[N]``."""

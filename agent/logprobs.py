@@ -20,6 +20,8 @@ def token_logprobs(
     Tokens and counts ``[N]`` → ``[N]``; ids and log-probabilities ``[N, largest count]``, best first. A row that wants
     fewer has token 0 and NaN at its end.
     """
+    if not len(rows):
+        return np.empty(0, np.float32), *best_tokens(logits, rows, counts)
     largest = logits.maxima[rows].max(axis=1)
     sums = np.cumsum(logits.sums(rows, largest, 1.0), axis=1, dtype=np.float64)[:, -1]
     normalizers = largest + np.log(sums)

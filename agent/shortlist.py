@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.logits import Logits, Places
+from agent.logits import RUN, Logits, Places
 from agent.protocol import Floats, Ints
 
 _LARGEST_GROUP = 1 << 13  # runs whose tokens are in memory at a time
@@ -30,15 +30,18 @@ def shortlists(logits: Logits, rows: Places, counts: Places) -> Iterator[Shortli
 
     What a row gets does not depend on the others, but for the padding.
     """
+    vocab = logits.values.shape[1]
     bounds = _bounds(logits, rows, counts)
     reached = logits.maxima[rows] >= bounds[:, None]
     for places in _of_like_size(np.count_nonzero(reached, axis=1)):
         place, run = np.nonzero(reached[places])
-        ids, values = logits.runs(rows[places][place], run)
+        first, values = logits.runs(rows[places][place], run)
         kept = values >= bounds[places][place][:, None]
-        kept &= ids < logits.values.shape[1]
-        sizes = np.bincount(place, np.count_nonzero(kept, axis=1), len(places)).astype(np.int64)
-        yield _sorted(places, ids[kept], values[kept], sizes, logits.values.shape[1])
+        if values.shape[1] * logits.maxima.shape[1] > vocab:
+            kept &= first[:, None] + np.arange(values.shape[1]) >= (run * RUN)[:, None]
+        found, column = np.divmod(np.flatnonzero(kept), values.shape[1])
+        sizes = np.bincount(place[found], minlength=len(places))
+        yield _sorted(places, first[found] + column, values[found, column], sizes, vocab)
 
 
 def best_tokens(logits: Logits, rows: Places, counts: Places) -> tuple[Ints, Floats]:
@@ -64,13 +67,14 @@ def _bounds(logits: Logits, rows: Places, counts: Places) -> Floats:
 
     As many runs have a maximum that is at least the ``counts``-th largest of all maxima, so as many tokens reach that.
     """
-    (_, vocab), maxima = logits.values.shape, logits.maxima[rows]
-    runs = maxima.shape[1]
+    vocab, runs = logits.values.shape[1], logits.maxima.shape[1]
     bounds = np.full(len(rows), -np.inf, np.float32)
     few = np.flatnonzero(counts <= runs)
     if few.size:
         places = runs - np.maximum(counts[few], 1)
-        bounds[few] = np.partition(maxima[few], sorted(set(places.tolist())), axis=1)[np.arange(few.size), places]
+        maxima = logits.maxima[rows[few]]
+        maxima.partition(sorted(set(places.tolist())), axis=1)
+        bounds[few] = maxima[np.arange(few.size), places]
     for i in np.flatnonzero((runs < counts) & (counts < vocab)):
         bounds[i] = np.partition(logits.values[rows[i]], vocab - counts[i])[vocab - counts[i]]
     return bounds
