@@ -36,6 +36,8 @@ class Logits:
         rows, vocab = self.values.shape
         if self.maxima.shape != (rows, -(-vocab // RUN)):
             raise ValueError(f"maxima {self.maxima.shape} are not those of logits {self.values.shape}")
+        if not (self.values.flags.c_contiguous and self.maxima.flags.c_contiguous):
+            raise ValueError("logits are not contiguous")
 
     @classmethod
     def of(cls, values: Floats) -> Logits:
@@ -89,17 +91,17 @@ class Logits:
 
         Of equal places the last counts. Nothing is copied but what changes.
         """
-        touched = np.zeros(self.maxima.shape, bool)
-        touched[rows, ids // RUN] = True
-        runs = np.nonzero(touched)
-        values_before, maxima_before = self.values[rows, ids], self.maxima[runs]
+        all_values, all_maxima = self.values.reshape(-1), self.maxima.reshape(-1)  # views
+        places, runs = rows * self.values.shape[1] + ids, rows * self.maxima.shape[1] + ids // RUN
+        values_before, maxima_before = all_values[places], all_maxima[runs]
+        moved = np.flatnonzero(~((values_before < maxima_before) & (values <= maxima_before)))  # other maxima, or NaN
         try:
-            self.values[rows, ids] = values
-            self.maxima[runs] = self.runs(*runs)[1].max(axis=1)
+            all_values[places] = values
+            all_maxima[runs[moved]] = self.runs(rows[moved], ids[moved] // RUN)[1].max(axis=1)
             yield
         finally:
-            self.values[rows, ids] = values_before
-            self.maxima[runs] = maxima_before
+            all_values[places] = values_before
+            all_maxima[runs[moved]] = maxima_before[moved]
 
 
 def weigh(logits: Floats, largest: Floats, temperatures: NDArray[np.float64]) -> None:

@@ -117,10 +117,11 @@ class Sampler:
             return nothing, nothing, np.zeros(0, np.float32)
         kept = [counts for seat in seats[penalized_rows] if (counts := self._counts[seat])]
         ends = [self._end_tokens[seat] for seat in seats[ending_rows]]
-        rows = np.repeat(penalized_rows, [one.ids.size for one in kept])
-        ids = _joined([one.ids for one in kept])
-        penalties = self._penalties[seats[rows]]
-        values = penalized(logits.values[rows, ids], _joined([one.counts for one in kept]), penalties)
+        sizes = [one.ids.size for one in kept]
+        rows, ids = np.repeat(penalized_rows, sizes), _joined([one.ids for one in kept])
+        penalties = np.repeat(self._penalties[seats[penalized_rows]], sizes)
+        values = logits.values.reshape(-1).take(rows * logits.values.shape[1] + ids)
+        values = penalized(values, _joined([one.counts for one in kept]), penalties)
         forbidden = np.repeat(ending_rows, [tokens.size for tokens in ends])
         return (
             np.concatenate([rows, forbidden]),

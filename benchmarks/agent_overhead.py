@@ -118,7 +118,8 @@ def main() -> int:
     print("|---|---:|---:|")
     for name, params in CASES.items():
         plan = decode_plan(arguments.rows, arguments.context)
-        start = msgspec.structs.replace(plan, resets=resets(params, arguments.rows, arguments.context))
+        requests = resets(params, arguments.rows, arguments.context, arguments.vocabulary)
+        start = msgspec.structs.replace(plan, resets=requests)
         step_seconds(agent, server, start)
         times = [step_seconds(agent, server, plan) for _ in range(arguments.steps)]
         print(f"| {name} | {min(times) * 1e3:.2f} ms | {statistics.median(times) * 1e3:.2f} ms |")
@@ -160,12 +161,17 @@ def decode_plan(rows: int, context: int) -> StepPlan:
     )
 
 
-def resets(params: SamplingParams, rows: int, context: int) -> tuple[SeatReset, ...]:
-    """New requests with these settings in all seats; their tokens are all different."""
-    prompt = pack_ints(range(context))
+def resets(params: SamplingParams, rows: int, context: int, vocab_size: int) -> tuple[SeatReset, ...]:
+    """New requests with these settings in all seats, their prompts of tokens from everywhere."""
+    prompts = np.random.default_rng(1).integers(0, vocab_size, (rows, context))
     return tuple(
-        SeatReset(seat=seat, params=msgspec.structs.replace(params, seed=seat), prompt_ids=prompt, output_ids=b"")
-        for seat in range(rows)
+        SeatReset(
+            seat=seat,
+            params=msgspec.structs.replace(params, seed=seat),
+            prompt_ids=pack_ints(prompt),
+            output_ids=b"",
+        )
+        for seat, prompt in enumerate(prompts)
     )
 
 
