@@ -36,8 +36,9 @@ class Logits:
         rows, vocab = self.values.shape
         if self.maxima.shape != (rows, -(-vocab // RUN)):
             raise ValueError(f"maxima {self.maxima.shape} are not those of logits {self.values.shape}")
-        if not (self.values.flags.c_contiguous and self.maxima.flags.c_contiguous):
-            raise ValueError("logits are not contiguous")
+        for array in (self.values, self.maxima):
+            if array.dtype != np.float32 or not array.flags.c_contiguous:
+                raise ValueError("logits or their maxima are no contiguous float32 numbers")
 
     @classmethod
     def of(cls, values: Floats) -> Logits:

@@ -40,6 +40,12 @@ def test_maxima_of_other_logits_are_refused() -> None:
         Logits(np.zeros((2, 100), np.float32), np.zeros((2, 3), np.float32))
 
 
+@pytest.mark.parametrize("values", [np.zeros((2, 9)), np.zeros((2, 18), np.float32)[:, ::2]])
+def test_logits_that_cannot_be_read_in_place_are_refused(values: Floats) -> None:
+    with pytest.raises(ValueError, match="no contiguous float32 numbers"):
+        Logits.of(values)
+
+
 @pytest.mark.parametrize("vocab", [1, RUN, 1000])
 def test_not_a_number_is_the_maximum_of_its_run(vocab: int) -> None:
     values = np.zeros((3, vocab), np.float32)

@@ -203,6 +203,30 @@ def test_greedy_takes_the_first_of_equals_and_leaves_the_logits_alone() -> None:
     assert (logits == before).all()
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=0.8, top_k=50, top_p=0.9, typical_p=0.9),
+        SamplingParams(temperature=0.8, top_k=5, repetition_penalty=1.3, min_new_tokens=1, end_token_ids=(7,)),
+    ],
+)
+def test_most_logits_are_not_looked_at(params: SamplingParams) -> None:
+    """Runs whose maximum is not among the best may hold anything."""
+    logits = random_logits(3, 5000, seed=9)
+    resets = [reset(msgspec.structs.replace(params, seed=seat), [3, 4], seat=seat) for seat in range(3)]
+    expected = sampled(logits, *resets)
+    maxima = Logits.of(logits).maxima
+    worse = maxima < np.sort(maxima, axis=1)[:, [-60]]
+    worse[:, 0] = False  # penalties and forbidden tokens are there
+    hidden = Logits(np.where(np.repeat(worse, 64, axis=1)[:, :5000], np.float32(np.nan), logits), maxima)
+    sampler = Sampler(SEATS, 5000)
+    for one in resets:
+        sampler.reset(one)
+    assert sampler.sample(hidden, np.arange(3, dtype=np.int32)).tolist() == expected
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"typical_p": 0.5}])
 def test_extremes(temperature: float, filters: dict[str, float]) -> None:
