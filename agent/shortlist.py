@@ -28,7 +28,7 @@ class Shortlists:
 def shortlists(logits: Logits, rows: Places, counts: Places) -> Iterator[Shortlists]:
     """Of each of these rows at least the best ``counts`` tokens; rows with lists of like length come together.
 
-    What a row gets does not depend on the others, but for the padding.
+    How long a list is may depend on the other rows; its order does not.
     """
     vocab = logits.values.shape[1]
     bounds = _bounds(logits, rows, counts)
@@ -66,13 +66,17 @@ def _bounds(logits: Logits, rows: Places, counts: Places) -> Floats:
     """A number for each row that at least ``counts`` of its logits reach.
 
     As many runs have a maximum that is at least the ``counts``-th largest of all maxima, so as many tokens reach that.
+    Groups of runs do as well and are fewer: at least four for each wanted token, which makes few lists any longer.
     """
     vocab, runs = logits.values.shape[1], logits.maxima.shape[1]
     bounds = np.full(len(rows), -np.inf, np.float32)
     few = np.flatnonzero(counts <= runs)
     if few.size:
-        places = runs - np.maximum(counts[few], 1)
-        maxima = logits.maxima[rows[few]]
+        wanted = np.maximum(counts[few], 1)
+        members = max(1, runs // (4 * int(wanted.max())))
+        groups = runs // members
+        maxima = logits.maxima[rows[few], : groups * members].reshape(few.size, members, groups).max(axis=1)
+        places = groups - wanted
         maxima.partition(sorted(set(places.tolist())), axis=1)
         bounds[few] = maxima[np.arange(few.size), places]
     for i in np.flatnonzero((runs < counts) & (counts < vocab)):
