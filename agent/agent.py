@@ -109,11 +109,12 @@ class Agent:
         started = time.perf_counter()
         logits = self._runner.run(batch)
         device_seconds = time.perf_counter() - started
-        sampled, known = np.split(logits, [sampling.seats.size])  # views
+        sampled, known = logits[: sampling.seats.size], logits[sampling.seats.size :]
         token_ids = self._sampler.sample(sampled, sampling.seats)
         logprobs, top_ids, top_values = self._sampler.logprobs(sampled, sampling.seats, token_ids)
+        places = np.arange(len(known))
         prompt_logprobs, prompt_top_ids, prompt_top_values = token_logprobs(
-            known, sampling.prompt_targets, sampling.prompt_top_logprobs
+            known, places, sampling.prompt_targets, np.full_like(places, sampling.prompt_top_logprobs)
         )
         return StepOutput(
             step_id=plan.step_id,

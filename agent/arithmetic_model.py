@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.logits import Logits
 from agent.protocol import Floats, Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, TokenizerRules, file_digest, read_manifest, verify_files, write_manifest
@@ -73,13 +74,13 @@ class ArithmeticModel:
         self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)
 
-    def run(self, batch: StepBatch) -> Floats:
-        """Logits ``[L, vocab]``: the next token of the rule is clearly the best, the others follow in a fixed order."""
+    def run(self, batch: StepBatch) -> Logits:
+        """The next token of the rule is clearly the best, the others follow in a fixed order."""
         end = time.monotonic() + self._step_seconds
         self._write(batch)
         tokens, positions = self._read(batch)
         following = _next_tokens(tokens, positions, *_prefixes(batch))
-        logits: Floats = self._logits[following]
+        logits = Logits.of(self._logits[following])
         if (left := end - time.monotonic()) > 0:
             time.sleep(left)  # stands for the device, which would be computing
         return logits

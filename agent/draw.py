@@ -1,20 +1,18 @@
 """One random token of each row, from the distribution that temperature, top-k, top-p, min-p and typical-p leave.
 
-Most of a large vocabulary never comes into question: a row is cut to a shortlist of its best tokens that is known to
-hold all that the filters keep, and the filters work on shortlists of like size together. There, sums run along a row
-from its first element (``cumsum``), so they are the same to the last bit however far it is padded for its neighbours.
+Rows with filters are drawn from shortlists of their best tokens that are known to hold all that the filters keep. Sums
+run along a row from its first element (``cumsum``), so they are the same to the last bit however far it is padded for
+its neighbours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.logprobs import best_tokens
+from agent.logits import Logits, Places, weigh
 from agent.protocol import Floats
+from agent.shortlist import Shortlists, shortlists
 
 Doubles = NDArray[np.float64]
 Settings = NDArray[np.void]
@@ -29,44 +27,34 @@ SETTINGS = np.dtype(
         ("number", np.int64),  # of the token in the answer, from 0
     ]
 )
-_FIRST_SHORTLIST = 256
+_FIRST_SHORTLIST = 64  # tokens of a row without top-k; if they do not suffice, it is tried with eight times as many
 
 
-@dataclass(frozen=True)
-class _Shortlist:
-    """The best tokens of a row, best first, and what their probabilities are shares of."""
-
-    ids: NDArray[np.int64]
-    weights: Floats  # exp((logit - largest) / temperature)
-    total: float  # of all tokens that top-k leaves
-
-
-def draw(rows: list[Floats], settings: Settings) -> NDArray[np.int64]:
-    """One token of each row: rows of logits ``[vocab]`` with their ``SETTINGS`` → token ids ``[N]``.
+def draw(logits: Logits, rows: Places, settings: Settings) -> NDArray[np.int64]:
+    """One token of each of these rows, with their ``SETTINGS``: token ids ``[N]``.
 
     Raises:
         FloatingPointError: a row holds NaN or infinity.
     """
+    largest = logits.maxima[rows].max(axis=1)
+    require_numbers(largest)
     tokens = np.zeros(len(rows), np.int64)
     uniform = uniform_numbers(settings["seed"], settings["number"])
     filtered = (settings["top_k"] > 0) | (settings["top_p"] < 1) | (settings["min_p"] > 0) | (settings["typical_p"] < 1)
-    groups: dict[int, dict[int, _Shortlist]] = {}
-    for i, row in enumerate(rows):
-        largest = float(row.max())
-        if np.isnan(largest) or largest == np.inf:
-            raise FloatingPointError("the logits hold NaN or infinity")
-        if largest == -np.inf:
-            continue  # everything is forbidden: token 0
-        if filtered[i]:
-            shortlist = _shortlist(row, largest, settings[i])
-            groups.setdefault(shortlist.ids.size.bit_length(), {})[i] = shortlist
-        else:
-            cumulated = np.cumsum(_weights(row, largest, settings[i]), dtype=np.float64)
-            tokens[i] = np.searchsorted(cumulated, _target(cumulated[-1], uniform[i]), side="right")
-    for group in groups.values():
-        places = list(group)
-        tokens[places] = _draw_filtered(list(group.values()), settings[places], uniform[places])
+    possible = largest > -np.inf  # else everything is forbidden: token 0
+    for places, way in (
+        (np.flatnonzero(possible & filtered), _draw_filtered),
+        (np.flatnonzero(possible & ~filtered), _draw_from_all),
+    ):
+        if places.size:
+            tokens[places] = way(logits, rows[places], largest[places], settings[places], uniform[places])
     return tokens
+
+
+def require_numbers(largest: Floats) -> None:
+    """Raise FloatingPointError if a row's largest logit is none; that of a row with NaN in it is NaN."""
+    if not (largest < np.inf).all():
+        raise FloatingPointError("the logits hold NaN or infinity")
 
 
 def uniform_numbers(seeds: NDArray[np.uint64], numbers: NDArray[np.int64]) -> Doubles:
@@ -82,45 +70,81 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def _weights(logits: Floats, largest: float, settings: Any) -> Floats:
-    with np.errstate(over="ignore"):  # a tiny temperature: all but the largest end at exp(-inf) = 0
-        weights: Floats = np.exp((logits - np.float32(largest)) / np.float32(settings["temperature"]))
-    return weights
+def _draw_from_all(
+    logits: Logits, rows: Places, largest: Floats, settings: Settings, uniform: Doubles
+) -> NDArray[np.int64]:
+    """Draw rows without filters: first the run, by the sums of all, then the token in it."""
+    each = np.arange(len(rows))
+    cumulated = np.cumsum(logits.sums(rows, largest, settings["temperature"]), axis=1, dtype=np.float64)
+    target = _target(cumulated[:, -1], uniform)
+    run = _pick(cumulated, target)
+    first, weights = logits.runs(rows, run)
+    weigh(weights, largest, settings["temperature"])
+    inside = np.cumsum(weights, axis=1, dtype=np.float64)
+    target -= np.where(run > 0, cumulated[each, run - 1], 0.0)
+    return first + _pick(inside, np.minimum(target, np.nextafter(inside[:, -1], 0)))
 
 
-def _shortlist(row: Floats, largest: float, settings: Any) -> _Shortlist:
-    """The tokens that may pass the filters. Typical-p alone may keep any token; the others keep the best ones."""
-    top_k, top_p, min_p = settings["top_k"], settings["top_p"], settings["min_p"]
-    if top_k or not (top_p < 1 or min_p > 0):
-        ids = best_tokens(row, top_k or row.size)
-        weights = _weights(row[ids], largest, settings)
-        return _Shortlist(ids, weights, float(np.cumsum(weights, dtype=np.float64)[-1]))
-    total = float(np.sum(_weights(row, largest, settings), dtype=np.float64))
-    size = _FIRST_SHORTLIST
-    while True:
-        ids = best_tokens(row, size)
-        weights = _weights(row[ids], largest, settings)
-        complete = weights.sum(dtype=np.float64) >= top_p * total if top_p < 1 else weights[-1] < min_p
-        if complete or size >= row.size:
-            return _Shortlist(ids, weights, total)
-        size *= 8
+def _draw_filtered(
+    logits: Logits, rows: Places, largest: Floats, settings: Settings, uniform: Doubles
+) -> NDArray[np.int64]:
+    """Draw rows with filters, from longer and longer shortlists until each holds all that its filters keep."""
+    tokens = np.zeros(len(rows), np.int64)
+    counts = _first_counts(settings, logits.values.shape[1])
+    totals = np.zeros(len(rows))
+    whole = np.flatnonzero((settings["top_k"] == 0) & (settings["top_p"] < 1))
+    if whole.size:
+        sums = logits.sums(rows[whole], largest[whole], settings["temperature"][whole])
+        totals[whole] = np.cumsum(sums, axis=1, dtype=np.float64)[:, -1]
+    left = np.arange(len(rows))
+    while left.size:
+        too_short = []
+        for part in shortlists(logits, rows[left], counts[left]):
+            places = left[part.places]
+            weights = _weights(part, largest[places], settings[places])
+            total = np.where(settings["top_k"][places] > 0, np.cumsum(weights, axis=1)[:, -1], totals[places])
+            too_short.append(places[~_suffices(part, weights, total, settings[places])])
+            tokens[places] = _drawn(part, weights, total, settings[places], uniform[places])
+        left = np.concatenate(too_short)
+        counts[left] *= 8
+    return tokens
 
 
-def _draw_filtered(shortlists: list[_Shortlist], settings: Settings, uniform: Doubles) -> NDArray[np.int64]:
-    """Filter and draw rows whose shortlists, padded with weights of 0, are ``[N, C]``."""
-    width = max(shortlist.ids.size for shortlist in shortlists)
-    ids = np.zeros((len(shortlists), width), np.int64)
-    weights = np.zeros((len(shortlists), width))
-    for i, shortlist in enumerate(shortlists):
-        ids[i, : shortlist.ids.size] = shortlist.ids
-        weights[i, : shortlist.ids.size] = shortlist.weights
-    total = np.array([shortlist.total for shortlist in shortlists])
+def _first_counts(settings: Settings, vocab: int) -> NDArray[np.int64]:
+    """To how many of its best tokens a row is cut at first. Typical-p alone may keep any token."""
+    best = (settings["top_p"] < 1) | (settings["min_p"] > 0)
+    return np.where(settings["top_k"] > 0, settings["top_k"], np.where(best, _FIRST_SHORTLIST, vocab))
+
+
+def _weights(part: Shortlists, largest: Floats, settings: Settings) -> Doubles:
+    """exp((logit - largest) / temperature) of the tokens that top-k leaves, ``[N, C]``; of the others 0."""
+    weights = part.logits.copy()
+    weigh(weights, largest, settings["temperature"])
+    top_k = np.where(settings["top_k"] > 0, settings["top_k"], part.ids.shape[1])
+    weights[np.arange(part.ids.shape[1]) >= top_k[:, None]] = 0
+    return weights.astype(np.float64)
+
+
+def _suffices(part: Shortlists, weights: Doubles, total: Doubles, settings: Settings) -> NDArray[np.bool_]:
+    """Whether a list holds all tokens of its row that the filters may keep."""
+    share = np.cumsum(weights, axis=1)[:, -1] >= settings["top_p"] * total
+    least = weights[np.arange(len(weights)), part.sizes - 1]
+    everything = (settings["top_k"] > 0) | (part.sizes == part.vocab)
+    enough: NDArray[np.bool_] = everything | (share & (settings["top_p"] < 1)) | (least < settings["min_p"])
+    return enough
+
+
+def _drawn(
+    part: Shortlists, weights: Doubles, total: Doubles, settings: Settings, uniform: Doubles
+) -> NDArray[np.int64]:
+    """Filter the lists, in place, and draw."""
     _keep_top_p(weights, total, settings["top_p"])
     weights[weights < settings["min_p"][:, None]] = 0  # the best token's weight is 1
     typical = np.flatnonzero(settings["typical_p"] < 1)
     if typical.size:
         weights[typical] = _typical(weights[typical], settings["typical_p"][typical])
-    drawn: NDArray[np.int64] = ids[np.arange(len(ids)), _pick(np.cumsum(weights, axis=1), uniform)]
+    cumulated = np.cumsum(weights, axis=1)
+    drawn: NDArray[np.int64] = part.ids[np.arange(len(weights)), _pick(cumulated, _target(cumulated[:, -1], uniform))]
     return drawn
 
 
@@ -145,12 +169,11 @@ def _typical(weights: Doubles, typical_p: Doubles) -> Doubles:
     return np.where(dropped, 0.0, weights)
 
 
-def _pick(cumulated: Doubles, uniform: Doubles) -> NDArray[np.int64]:
-    """Where a uniform number falls in each row of cumulated weights ``[N, C]``; never on a weight of 0."""
-    target = _target(cumulated[:, -1], uniform)
+def _pick(cumulated: Doubles, target: Doubles) -> NDArray[np.int64]:
+    """Where a number below the total falls in each row of cumulated weights ``[N, C]``; never on a weight of 0."""
     return np.asarray(np.count_nonzero(cumulated <= target[:, None], axis=1), np.int64)
 
 
-def _target(total: Any, uniform: Any) -> Any:
+def _target(total: Doubles, uniform: Doubles) -> Doubles:
     """The share ``uniform`` of ``total``, below ``total`` also after rounding."""
     return np.minimum(uniform * total, np.nextafter(total, 0))

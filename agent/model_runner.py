@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
+from agent.logits import Logits
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
@@ -73,21 +74,21 @@ class ModelRunner:
         self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
         self._prove_sharing()
 
-    def run(self, batch: StepBatch) -> Floats:
-        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``.
+    def run(self, batch: StepBatch) -> Logits:
+        """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
 
         Raises:
             RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
         if self._library or fits_one_call(batch, self.manifest.block_size):
-            return self._call(batch)
+            return Logits.of(self._call(batch))
         logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
         for part, positions in parts_of(batch, self.manifest.block_size):
             logits[positions] = self._call(part)
-        return logits
+        return Logits.of(logits)
 
     def _call(self, batch: StepBatch) -> Floats:
-        """One call of the decode graph if every row has one token, else of the prefill graph."""
+        """Logits ``[L, vocab]``: one call of the decode graph if every row has one token, else of the prefill graph."""
         wanted = batch.logits_indices if batch.logits_indices.size else np.zeros(1, dtype=np.int32)
         decode = batch.query_lens.size == batch.token_ids.size
         tables = batch.block_tables if self._library else cached_columns(batch, self.manifest.block_size)
@@ -121,9 +122,9 @@ class ModelRunner:
             ManifestError: its logits differ from those of the same tokens in one prefill.
         """
         size = self.manifest.block_size
-        together = self.run(one_row([1, 2, 3], first=0, block=1, block_size=size))
+        together = self.run(one_row([1, 2, 3], first=0, block=1, block_size=size)).values
         self.run(one_row([1, 2], first=0, block=2, block_size=size))
-        apart = self.run(one_row([3], first=2, block=2, block_size=size))
+        apart = self.run(one_row([3], first=2, block=2, block_size=size)).values
         error = float(np.abs(together - apart).max() / np.abs(together).max())
         rounded = 0.0 if self.manifest.weights == "float32" else ROUNDED_TOLERANCE
         if not error <= max(LOGIT_TOLERANCE[self.cache_dtype], rounded):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from agent.protocol import Floats
+from agent.logits import Logits
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, ManifestError, read_manifest
 from config.serving_config import ModelConfig
@@ -22,8 +22,8 @@ class Runner(Protocol):
     num_blocks: int  # of the cache, with the null block
     cache_dtype: str
 
-    def run(self, batch: StepBatch) -> Floats:
-        """Run the model on new tokens and write their keys and values: logits float32 ``[L, vocab]``.
+    def run(self, batch: StepBatch) -> Logits:
+        """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
 
         Raises:
             RunnerBroken: the step failed, and so will all others.

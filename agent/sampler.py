@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.draw import SETTINGS, draw
+from agent.draw import SETTINGS, draw, require_numbers
+from agent.logits import Logits, Places
 from agent.logprobs import token_logprobs
-from agent.protocol import Floats, Ints, SamplingParams, SeatReset, ints
-from agent.token_counts import TokenCounts
+from agent.protocol import Floats, Ints, SeatReset, ints
+from agent.token_counts import PENALTIES, TokenCounts, penalized
 
 MIN_TEMPERATURE = 1e-30  # a number that single precision can divide by
-_NO_PARAMS = SamplingParams()
 
 
 class Sampler:
@@ -25,10 +25,11 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._params = [_NO_PARAMS] * max_num_seqs
         self._counts: list[TokenCounts | None] = [None] * max_num_seqs  # of seats with penalties
+        self._end_tokens = [np.zeros(0, np.int64)] * max_num_seqs
         self._taken = np.zeros(max_num_seqs, bool)
         self._penalized = np.zeros(max_num_seqs, bool)
+        self._penalties = np.zeros(max_num_seqs, PENALTIES)
         self._min_new_tokens = np.zeros(max_num_seqs, np.int64)
         self._num_logprobs = np.full(max_num_seqs, -1)  # -1: none wanted, 0: of the chosen token only
         self._settings = np.zeros(max_num_seqs, SETTINGS)
@@ -36,7 +37,6 @@ class Sampler:
     def clear(self) -> None:
         """All seats are free."""
         self._taken[:] = False
-        self._params = [_NO_PARAMS] * len(self._params)
         self._counts = [None] * len(self._counts)
 
     def holds(self, seats: Ints) -> bool:
@@ -47,10 +47,11 @@ class Sampler:
         """A request takes a seat."""
         seat, params, output_ids = reset.seat, reset.params, ints(reset.output_ids)
         penalized = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
-        self._params[seat] = params
         self._counts[seat] = TokenCounts(ints(reset.prompt_ids), output_ids) if penalized else None
         self._taken[seat] = True
         self._penalized[seat] = penalized
+        self._penalties[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._end_tokens[seat] = np.array(params.end_token_ids, np.int64)
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0
         scored = params.logprobs or params.top_logprobs
         self._num_logprobs[seat] = min(params.top_logprobs, self._vocab_size) if scored else -1
@@ -64,30 +65,23 @@ class Sampler:
             output_ids.size,
         )
 
-    def sample(self, logits: Floats, seats: Ints) -> NDArray[np.int64]:
-        """The next token of each row: logits ``[S, vocab]``, not changed → ``[S]``.
+    def sample(self, logits: Logits, seats: Ints) -> NDArray[np.int64]:
+        """The next token of each of S rows, ``[S]``. The logits are as before when it returns.
 
         Raises:
             FloatingPointError: a row holds NaN or infinity, so the model's numbers cannot be trusted.
         """
-        settings = self._settings[seats]
-        edited = self._penalized[seats] | (settings["number"] < self._min_new_tokens[seats])
-        random = settings["temperature"] > 0
-        rows = {int(i): self._edit(logits[i].copy(), int(seats[i])) for i in np.flatnonzero(edited)}
-        if random.all():
-            tokens = np.zeros(len(seats), np.int64)
+        require_numbers(logits.maxima.max(axis=1, initial=-np.inf))
+        rows, ids, values = self._edits(logits, seats)
+        if rows.size:
+            with logits.changed(rows, ids, values):
+                tokens = self._choose(logits, seats)
         else:
-            tokens = logits.argmax(axis=1)
-            _require_numbers(logits[np.arange(len(seats)), tokens])
-            for i, row in rows.items():
-                tokens[i] = row.argmax()
-        if random.any():
-            drawn = np.flatnonzero(random)
-            tokens[drawn] = draw([rows.get(int(i), logits[i]) for i in drawn], settings[drawn])
+            tokens = self._choose(logits, seats)
         self._append(tokens, seats)
         return tokens
 
-    def logprobs(self, logits: Floats, seats: Ints, token_ids: NDArray[np.int64]) -> tuple[Floats, Ints, Floats]:
+    def logprobs(self, logits: Logits, seats: Ints, token_ids: NDArray[np.int64]) -> tuple[Floats, Ints, Floats]:
         """Log-probabilities ``[S]`` of the chosen tokens, then ids and log-probabilities ``[S, N]`` of the best.
 
         NaN (and token 0) stand where a row did not ask; nobody asked: empty arrays.
@@ -99,19 +93,41 @@ class Sampler:
         chosen = np.full(len(seats), np.nan, np.float32)
         ids = np.zeros((len(seats), most), np.int32)
         best = np.full((len(seats), most), np.nan, np.float32)
-        for i in np.flatnonzero(wanted >= 0):
-            row, count = slice(i, i + 1), wanted[i]
-            chosen[row], ids[row, :count], best[row, :count] = token_logprobs(logits[row], token_ids[row], count)
+        rows = np.flatnonzero(wanted >= 0)
+        chosen[rows], ids[rows], best[rows] = token_logprobs(logits, rows, token_ids[rows], wanted[rows])
         return chosen, ids, best
 
-    def _edit(self, row: Floats, seat: int) -> Floats:
-        """Penalties and forbidden end tokens, in place."""
-        params, counts = self._params[seat], self._counts[seat]
-        if counts:
-            counts.penalize(row, params)
-        if self._settings["number"][seat] < self._min_new_tokens[seat]:
-            row[list(params.end_token_ids)] = -np.inf
-        return row
+    def _choose(self, logits: Logits, seats: Ints) -> NDArray[np.int64]:
+        settings = self._settings[seats]
+        random = settings["temperature"] > 0
+        if random.all():
+            return draw(logits, np.arange(len(seats)), settings)
+        tokens = logits.best()
+        if random.any():
+            drawn = np.flatnonzero(random)
+            tokens[drawn] = draw(logits, drawn, settings[drawn])
+        return tokens
+
+    def _edits(self, logits: Logits, seats: Ints) -> tuple[Places, Places, Floats]:
+        """What penalties and forbidden end tokens change: rows, tokens and new logits, ``[n]`` each."""
+        penalized_rows = np.flatnonzero(self._penalized[seats])
+        ending_rows = np.flatnonzero(self._settings["number"][seats] < self._min_new_tokens[seats])
+        if not (penalized_rows.size or ending_rows.size):
+            nothing = np.zeros(0, np.int64)
+            return nothing, nothing, np.zeros(0, np.float32)
+        kept = [counts for seat in seats[penalized_rows] if (counts := self._counts[seat])]
+        ends = [self._end_tokens[seat] for seat in seats[ending_rows]]
+        sizes = [one.ids.size for one in kept]
+        rows, ids = np.repeat(penalized_rows, sizes), _joined([one.ids for one in kept])
+        penalties = np.repeat(self._penalties[seats[penalized_rows]], sizes)
+        values = logits.values.reshape(-1).take(rows * logits.values.shape[1] + ids)
+        values = penalized(values, _joined([one.counts for one in kept]), penalties)
+        forbidden = np.repeat(ending_rows, [tokens.size for tokens in ends])
+        return (
+            np.concatenate([rows, forbidden]),
+            np.concatenate([ids, _joined(ends)]),
+            np.concatenate([values, np.full(forbidden.size, -np.inf, np.float32)]),
+        )
 
     def _append(self, tokens: NDArray[np.int64], seats: Ints) -> None:
         self._settings["number"][seats] += 1
@@ -120,7 +136,5 @@ class Sampler:
                 counts.add(int(tokens[i]))
 
 
-def _require_numbers(largest: Floats) -> None:
-    """``largest`` of each row: NaN or infinity if there is one in the row."""
-    if np.isnan(largest).any() or np.isposinf(largest).any():
-        raise FloatingPointError("the logits hold NaN or infinity")
+def _joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *arrays])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol import Floats, Ints, SamplingParams
+from agent.protocol import Floats, Ints
+
+PENALTIES = np.dtype([("repetition", np.float32), ("frequency", np.float64), ("presence", np.float64)])
 
 
 class TokenCounts:
@@ -30,9 +32,26 @@ class TokenCounts:
             self._size += 1
         self._counts[place] += 1
 
-    def penalize(self, row: Floats, params: SamplingParams) -> None:
-        """Change the logits ``row`` ``[vocab]`` in place, as Hugging Face and OpenAI define the penalties."""
-        ids, counts = self._ids[: self._size], self._counts[: self._size]
-        values = row[ids]
-        values = np.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
-        row[ids] = values - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The different tokens of prompt and answer, in no order, ``[n]``."""
+        ids: NDArray[np.int64] = self._ids[: self._size]
+        return ids
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How often the answer has each of them, ``[n]``."""
+        return self._counts[: self._size]
+
+
+def penalized(values: Floats, counts: NDArray[np.int64], penalties: NDArray[np.void]) -> Floats:
+    """Logits of tokens that a request has, as Hugging Face and OpenAI define the penalties.
+
+    Args:
+        values: their logits, ``[n]``.
+        counts: how often the request's answer has each, ``[n]``.
+        penalties: of each token's request, ``PENALTIES`` ``[n]``.
+    """
+    repetition = penalties["repetition"]
+    values = np.where(values < 0, values * repetition, values / repetition)
+    return (values - penalties["frequency"] * counts - penalties["presence"] * (counts > 0)).astype(np.float32)

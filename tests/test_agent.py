@@ -19,11 +19,11 @@ from step_plans import PlanRow, Sequenced, make_plan
 from agent.agent import Agent
 from agent.arithmetic_model import BEGIN, END, ArithmeticModel, answer
 from agent.listener import MAX_HANDSHAKES, Listener
+from agent.logits import Logits
 from agent.protocol import (
     GREETING,
     HEADER,
     Attach,
-    Floats,
     Hello,
     Replaced,
     SamplingParams,
@@ -258,7 +258,7 @@ class PausingModel(ArithmeticModel):
         super().__init__(FOLDER, cache_bytes=1 << 16)
         self.working, self.resume = threading.Event(), threading.Event()
 
-    def run(self, batch: StepBatch) -> Floats:
+    def run(self, batch: StepBatch) -> Logits:
         self.working.set()
         assert self.resume.wait(30)
         return super().run(batch)
@@ -298,7 +298,7 @@ class FailingModel(ArithmeticModel):
 
     steps = 0
 
-    def run(self, batch: StepBatch) -> Floats:
+    def run(self, batch: StepBatch) -> Logits:
         self.steps += 1
         if self.steps == 3:
             raise RuntimeError("the device is on fire")
@@ -327,7 +327,7 @@ def test_a_model_that_fails_is_an_answer_and_nothing_of_the_step_counts() -> Non
 class BrokenModel(ArithmeticModel):
     """Cannot run any more, as a graph whose operator has failed."""
 
-    def run(self, batch: StepBatch) -> Floats:
+    def run(self, batch: StepBatch) -> Logits:
         raise RunnerBroken("the graph cannot be run any more")
 
 

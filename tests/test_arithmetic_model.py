@@ -37,7 +37,7 @@ def logits_of(model: ArithmeticModel, plan: StepPlan) -> np.ndarray:
         max_num_seqs=64,
         max_num_batched_tokens=4096,
     )
-    return model.run(read_plan(plan, shapes)[0])
+    return model.run(read_plan(plan, shapes)[0]).values
 
 
 def best(model: ArithmeticModel, plan: StepPlan) -> list[int]:

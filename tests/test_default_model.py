@@ -159,7 +159,7 @@ def test_logits_of_every_position_equal_the_reference(model_folder: Path, refere
         row = Row(blocks=[3, 1, 2, 4], tokens=tokens)
         first = len(tokens) // 2  # a prompt, then a chunk on what it cached
         parts = [
-            runner.run(step([row], [length], runner.manifest.block_size, every_position=True))
+            runner.run(step([row], [length], runner.manifest.block_size, every_position=True)).values
             for length in (first, len(tokens) - first)
         ]
         with torch.no_grad():

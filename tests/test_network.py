@@ -82,14 +82,14 @@ def test_prompts_chunks_mixed_steps_and_decoding_equal_the_reference(
     )
     expected = [reference_logits(model, row.tokens) for row in (a, b, c)]
 
-    prompts = runner.run(step([a, b], [13, 5], BLOCK_SIZE, every_position=True))
+    prompts = runner.run(step([a, b], [13, 5], BLOCK_SIZE, every_position=True)).values
     assert largest_difference(prompts, np.concatenate([expected[0][:13], expected[1][:5]])) < TOLERANCE
     mixed = runner.run(
         step([b, a, c], [17, 1, 7], BLOCK_SIZE, every_position=True)
-    )  # a chunk, a decoding row, a prompt
+    ).values  # a chunk, a decoding row, a prompt
     expected_mixed = [expected[1][5:22], expected[0][13:14], expected[2][:7]]
     assert largest_difference(mixed, np.concatenate(expected_mixed)) < TOLERANCE
-    decoded = runner.run(step([c, a, b], [1, 1, 1], BLOCK_SIZE))
+    decoded = runner.run(step([c, a, b], [1, 1, 1], BLOCK_SIZE)).values
     assert largest_difference(decoded, np.stack([expected[2][7], expected[0][14], expected[1][22]])) < TOLERANCE
 
 
@@ -98,7 +98,7 @@ def test_padding_rows_and_their_slots_change_nothing(network: tuple[torch.nn.Mod
     row, padding = Row([6, 2], random_tokens(4, 12)), Row([0], [0, 0])
     expected = reference_logits(model, row.tokens)
     runner.run(step([padding, row], [1, 9], BLOCK_SIZE))
-    decoded = runner.run(step([padding, row], [1, 1], BLOCK_SIZE))
+    decoded = runner.run(step([padding, row], [1, 1], BLOCK_SIZE)).values
     assert largest_difference(decoded[1:], expected[9:10]) < TOLERANCE
 
 
@@ -106,7 +106,7 @@ def test_a_step_may_want_no_logits(network: tuple[torch.nn.Module, ModelRunner])
     _, runner = network
     batch = step([Row([1], random_tokens(5, 4))], [4], BLOCK_SIZE)
     nothing = type(batch)(**{**vars(batch), "logits_indices": np.zeros(0, dtype=np.int32)})
-    assert runner.run(nothing).shape == (0, VOCAB_SIZE)
+    assert runner.run(nothing).values.shape == (0, VOCAB_SIZE)
 
 
 @needs_compiler
@@ -150,7 +150,7 @@ def test_a_half_precision_cache_is_chosen_at_start(operators: Operators, tmp_pat
     row = Row([3, 1], random_tokens(6, 10))
     expected = reference_logits(model, row.tokens)
     half.run(step([row], [9], BLOCK_SIZE))
-    assert largest_difference(half.run(step([row], [1], BLOCK_SIZE)), expected[9:]) < 0.05
+    assert largest_difference(half.run(step([row], [1], BLOCK_SIZE)).values, expected[9:]) < 0.05
 
 
 def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, mon
             Row([4], random_tokens(3, 8)),
         ]
         steps = ((9, 1, 4), (1, 9, 1), (1, 1, 2))
-        return [runner.run(step(rows, lengths, BLOCK_SIZE, every_position=True)) for lengths in steps]
+        return [runner.run(step(rows, lengths, BLOCK_SIZE, every_position=True)).values for lengths in steps]
 
     whole = logits()
     calls = []
