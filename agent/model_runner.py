@@ -81,31 +81,29 @@ class ModelRunner:
             RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
         if self._library or fits_one_call(batch, self.manifest.block_size):
-            return Logits.of(self._call(batch))
+            return self._call(batch)
         logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
         for part, positions in parts_of(batch, self.manifest.block_size):
-            logits[positions] = self._call(part)
+            logits[positions] = self._call(part).values
         return Logits.of(logits)
 
-    def _call(self, batch: StepBatch) -> Floats:
-        """Logits ``[L, vocab]``: one call of the decode graph if every row has one token, else of the prefill graph."""
+    def _call(self, batch: StepBatch) -> Logits:
+        """One call: of the decode graph if every row has one token, else of the prefill graph."""
         wanted = batch.logits_indices if batch.logits_indices.size else np.zeros(1, dtype=np.int32)
         decode = batch.query_lens.size == batch.token_ids.size
         tables = batch.block_tables if self._library else cached_columns(batch, self.manifest.block_size)
-        arrays = (batch.token_ids, batch.positions, batch.slot_mapping, tables, batch.query_lens, batch.context_lens)
-        inputs = [as_tensor(array) for array in (*arrays, wanted)]
+        numbers = (batch.token_ids, batch.positions, batch.slot_mapping, tables, batch.query_lens, batch.context_lens)
+        inputs = [as_tensor(array) for array in (*numbers, wanted)]
         try:
             outputs = (self._decode if decode else self._prefill)(*inputs, *self._caches)
-            if self._library is None:
-                logits, *fresh = (output.asnumpy() for output in outputs)
-                self._write_cache(batch.slot_mapping, fresh)
-            else:
-                logits = outputs[0].asnumpy()
+            arrays = [output.asnumpy() for output in outputs]
         except RuntimeError as error:
             reason = self._library.last_error() if self._library else ""
             raise RunnerBroken(reason or str(error).strip().splitlines()[0]) from error
-        result: Floats = logits[: batch.logits_indices.size]
-        return result
+        if self._library:
+            return Logits(*arrays)[: batch.logits_indices.size]
+        self._write_cache(batch.slot_mapping, arrays[1:])
+        return Logits.of(arrays[0])[: batch.logits_indices.size]
 
     def _write_cache(self, slots: Ints, fresh: Sequence[Floats]) -> None:
         """Write every layer's new keys and values, ``[layers, T, K, D]`` each; negative slots are padding."""

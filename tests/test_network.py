@@ -129,7 +129,7 @@ def test_the_blocks_of_a_gguf_file_are_served_as_they_are(kind: str, tmp_path: P
     sizes = [(tmp_path / weights / "weights.bin").stat().st_size for weights in ("float32", "gguf")]
     assert sizes[1] < sizes[0] * (0.6 if kind == "BF16" else 0.35)
     tokens = random_tokens(1, 40)
-    exact, packed = (runner.run(step([Row([1, 2, 3, 4, 5], tokens)], [40], BLOCK_SIZE)) for runner in runners)
+    exact, packed = (runner.run(step([Row([1, 2, 3, 4, 5], tokens)], [40], BLOCK_SIZE)).values for runner in runners)
     assert largest_difference(exact, packed) < PACKED_TOLERANCE * np.abs(exact).max()
 
 
@@ -137,7 +137,7 @@ def assert_similar(runner: ModelRunner, model: torch.nn.Module) -> None:
     """A prompt, a chunk on cached context and a decoded token have nearly the reference's logits."""
     row = Row([5, 3, 9], random_tokens(1, 20))
     expected = reference_logits(model, row.tokens)
-    parts = [runner.run(step([row], [length], BLOCK_SIZE, every_position=True)) for length in (9, 10, 1)]
+    parts = [runner.run(step([row], [length], BLOCK_SIZE, every_position=True)).values for length in (9, 10, 1)]
     assert largest_difference(np.concatenate(parts), expected) < PACKED_TOLERANCE * np.abs(expected).max()
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from default_model import NEW_TOKENS, PROMPTS, default_model
-from numpy.typing import NDArray
 from paged_rows import Row, step
 from tokenizers import Tokenizer
 
+from agent.logits import Logits
 from agent.model_runner import ModelRunner
 from config.manifest import read_manifest
 from config.serving_config import WeightFormat
@@ -55,9 +55,9 @@ def blocks_of(index: int, prompt: list[int], size: int) -> range:
     return range(1 + index * most, 1 + (index + 1) * most)
 
 
-def best(runner: ModelRunner, logits: NDArray[np.float32]) -> list[int]:
+def best(runner: ModelRunner, step_logits: Logits) -> list[int]:
     """The best tokens that do not end an answer."""
-    logits = logits.copy()
+    logits = step_logits.values.copy()
     logits[:, list(runner.manifest.tokenizer.eos_token_ids)] = -np.inf
     return [int(token) for token in logits.argmax(axis=1)]
 
