@@ -6,46 +6,25 @@
 // layer, layers, H, K, eps, then weights of the query's and the key's norm if the network has them.
 // Output: f32 [T, H * D].
 //
-// A row's tokens stand one after another; its last query_lens tokens of context_lens are new. Row by row and key/value head
-// by head, tiles of queries go over the row's blocks once, with a running maximum (as in FlashAttention, arXiv:2205.14135),
-// so memory does not grow with the context. Sums are f32.
-#include <algorithm>
+// A row's tokens stand one after another; its last query_lens tokens of context_lens are new. Sums are f32.
 #include <cmath>
-#include <limits>
 
+#include "attend_tile.h"
+#include "attend_token.h"
 #include "operator.h"
 #include "thread_pool.h"
 
 namespace native {
 namespace {
 
-constexpr int kKeyTile = 16;    // keys a step of the inner loop takes: one AVX-512 register, four NEON ones
-constexpr int kQueryTile = 16;  // new tokens that share one pass over the keys
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGroups = 64;
 
-// Everything about one call; pointers and sizes are checked before any of them is used.
-struct Call {
-  const float *qkv, *cos_sin, *norms;
-  const int32_t *slots, *tables, *query_lens, *context_lens;
-  float *out;
-  int64_t tokens, rows, table_width, layer, blocks, block_size, heads, kv_heads, dim;
-  float eps;
-
-  int64_t groups() const { return heads / kv_heads; }
-  int64_t qkv_width() const { return (heads + 2 * kv_heads) * dim; }
-  int64_t cache_row() const { return kv_heads * dim; }
-};
-
-// One tile of queries of one row and key/value head.
-struct Tile {
-  int64_t row, first_token, first_position, queries, kv_head;
-};
-
-void rotate(const float *x, const float *cos_sin, int64_t dim, float *y) {
+void rotate(const float *x, const float *cos_sin, int64_t dim, float scale, float *__restrict y) {
   const int64_t half = dim / 2;
   const float *cosines = cos_sin, *sines = cos_sin + half;
   for (int64_t i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
+    const float first = x[i] * scale, second = x[i + half] * scale;
     y[i] = first * cosines[i] - second * sines[i];
     y[i + half] = second * cosines[i] + first * sines[i];
   }
@@ -59,184 +38,90 @@ void norm(const float *x, const float *weight, int64_t dim, float eps, float *y)
   for (int64_t i = 0; i < dim; ++i) y[i] = x[i] * scale * weight[i];
 }
 
-// Writes one token's keys and values to its slot and its rotated queries to the output, where attention finds them.
-template <typename Cache>
-void place_token(const Call &c, int64_t token, Cache *keys, Cache *values) {
-  const float *q = c.qkv + token * c.qkv_width(), *k = q + c.heads * c.dim, *v = k + c.cache_row();
+// Writes one token's keys and values to its slot and its rotated queries to the output, where attention finds them, scaled so
+// that a score is the power of 2 that its weight is.
+template <typename Format>
+void place_token(const Call &c, int64_t token) {
+  using Number = typename Format::Number;
+  const float *q = c.qkv + token * c.qkv_width(), *k = q + c.heads * c.dim, *v = k + c.kv_heads * c.dim;
   const float *cos_sin = c.cos_sin + token * c.dim;
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(c.dim));
   float normed[kMaxHeadDim], turned[kMaxHeadDim];
-  auto prepared = [&](const float *x, const float *weight, float *y) {
+  auto prepare = [&](const float *x, const float *weight, float factor, float *y) {
     if (weight) norm(x, weight, c.dim, c.eps, normed);
-    rotate(weight ? normed : x, cos_sin, c.dim, y);
+    rotate(weight ? normed : x, cos_sin, c.dim, factor, y);
   };
-  for (int64_t h = 0; h < c.heads; ++h) prepared(q + h * c.dim, c.norms, c.out + (token * c.heads + h) * c.dim);
+  for (int64_t h = 0; h < c.heads; ++h) prepare(q + h * c.dim, c.norms, scale, c.out + (token * c.heads + h) * c.dim);
   if (c.slots[token] < 0) return;
-  const int64_t base = (c.layer * c.blocks * c.block_size + c.slots[token]) * c.cache_row();
+  const int64_t head = Format::head(c.dim);
+  const int64_t at = (c.layer * c.blocks * c.block_size + c.slots[token]) * c.kv_heads * head;
   for (int64_t h = 0; h < c.kv_heads; ++h) {
-    prepared(k + h * c.dim, c.norms ? c.norms + c.dim : nullptr, turned);
-    for (int64_t i = 0; i < c.dim; ++i) {
-      keys[base + h * c.dim + i] = static_cast<Cache>(turned[i]);
-      values[base + h * c.dim + i] = static_cast<Cache>(v[h * c.dim + i]);
-    }
+    prepare(k + h * c.dim, c.norms ? c.norms + c.dim : nullptr, 1.f, turned);
+    Format::write(turned, c.dim, static_cast<Number *>(c.keys) + at + h * head);
+    Format::write(v + h * c.dim, c.dim, static_cast<Number *>(c.values) + at + h * head);
   }
 }
 
-// e^x for x <= 0 to 2e-7 relative, without a branch, so that the compiler does it for a whole tile: 2^n * 2^f with |f| <= 1/2,
-// and 2^f by its Taylor polynomial.
-inline float exp_of_negative(float x) {
-  const float scaled = std::max(x, -87.f) * 1.44269504f;
-  const float whole = std::floor(scaled + 0.5f), f = (scaled - whole) * 0.693147181f;
-  const float power = 1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
-  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
-  float two_to_n;
-  std::memcpy(&two_to_n, &bits, sizeof(bits));
-  return power * two_to_n;
-}
+// A step's work. Its memory is kept for the next one.
+struct Plan {
+  std::vector<Unit> units;
+  std::vector<Task> tasks;
+  std::vector<float> partials;
 
-// Attention state of one query vector: what FlashAttention keeps between key tiles.
-struct Softmax {
-  float top = -std::numeric_limits<float>::infinity();
-  float sum = 0.f;
-
-  // Takes `count` scores, turns them into weights relative to the new maximum and rescales what was summed so far.
-  void take(float *scores, int count, float *acc, int64_t dim) {
-    float high = top;
-    for (int j = 0; j < count; ++j) high = std::max(high, scores[j]);
-    if (high > top) {
-      const float rescale = std::exp(top - high);
-      sum *= rescale;
-      for (int64_t i = 0; i < dim; ++i) acc[i] *= rescale;
-      top = high;
+  void make(const Call &c) {
+    units.clear();
+    tasks.clear();
+    int64_t memory = 0;
+    for (int64_t row = 0, token = 0; row < c.rows; token += c.query_lens[row++]) {
+      const int64_t queries = c.query_lens[row], cached = c.context_lens[row] - queries;
+      if (queries == 1) add(c, {row, token, cached, 1, -1, 0, 0, 0, 0}, kTokenPiece, &memory);
+      const int64_t tokens = kTileVectors / c.groups();
+      for (int64_t done = 0; done < queries && queries > 1; done += tokens)
+        for (int64_t h = 0; h < c.kv_heads; ++h)
+          add(c, {row, token + done, cached + done, std::min(tokens, queries - done), h, 0, 0, 0, 0}, kTilePiece, &memory);
     }
-    float total = 0.f;
-#pragma omp simd reduction(+ : total)
-    for (int j = 0; j < count; ++j) total += scores[j] = exp_of_negative(scores[j] - top);
-    sum += total;
+    // Longest tasks first, as late ones decide when the step ends
+    auto cost = [&](const Task &t) { return (t.last - t.first) * units[t.unit].queries; };
+    std::sort(tasks.begin(), tasks.end(), [&](const Task &a, const Task &b) {
+      return cost(a) != cost(b) ? cost(a) > cost(b) : std::pair(a.unit, a.piece) < std::pair(b.unit, b.piece);
+    });
+    if (partials.size() < static_cast<size_t>(memory)) partials.resize(static_cast<size_t>(memory));
+  }
+
+ private:
+  void add(const Call &c, Unit unit, int64_t most_keys, int64_t *memory) {
+    const int64_t keys = unit.keys();
+    unit.pieces = (keys + most_keys - 1) / most_keys;
+    const int64_t share = (keys + unit.pieces - 1) / unit.pieces;
+    unit.piece_keys = (share + 15) / 16 * 16;
+    unit.pieces = (keys + unit.piece_keys - 1) / unit.piece_keys;
+    unit.left = static_cast<int>(unit.pieces);
+    unit.partial = *memory;
+    *memory += unit.pieces * Partial::size(unit.vectors(c), c.dim);
+    for (int64_t i = 0; i < unit.pieces; ++i)
+      tasks.push_back({static_cast<int64_t>(units.size()), i, i * unit.piece_keys, std::min(keys, (i + 1) * unit.piece_keys)});
+    units.push_back(unit);
   }
 };
 
-// scores[m][j] = q[m] . k[j] over a tile of keys that is laid out [dim][kKeyTile], so that one register holds one number of
-// every key.
-void tile_scores(const float *const *queries, int count, const float *keys, int64_t dim, float scale,
-                 float (*scores)[kKeyTile]) {
-  int m = 0;
-  for (; m + 4 <= count; m += 4) {
-    float acc[4][kKeyTile] = {};
-    for (int64_t d = 0; d < dim; ++d)
-      for (int u = 0; u < 4; ++u) {
-        const float q = queries[m + u][d];
-#pragma omp simd
-        for (int j = 0; j < kKeyTile; ++j) acc[u][j] += q * keys[d * kKeyTile + j];
-      }
-    for (int u = 0; u < 4; ++u)
-      for (int j = 0; j < kKeyTile; ++j) scores[m + u][j] = acc[u][j] * scale;
-  }
-  for (; m < count; ++m) {
-    float acc[kKeyTile] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      const float q = queries[m][d];
-#pragma omp simd
-      for (int j = 0; j < kKeyTile; ++j) acc[j] += q * keys[d * kKeyTile + j];
-    }
-    for (int j = 0; j < kKeyTile; ++j) scores[m][j] = acc[j] * scale;
-  }
-}
-
-// The same with keys as the cache holds them: cheaper where so few queries share a key that laying it out anew does not pay.
-template <typename Cache>
-void few_scores(const float *const *queries, int count, const Cache *keys, int64_t stride, int keys_here, int64_t dim,
-                float scale, float (*scores)[kKeyTile]) {
-  for (int j = 0; j < keys_here; ++j)
-    for (int m = 0; m < count; ++m) {
-      const float *q = queries[m];
-      const Cache *k = keys + j * stride;
-      float dot = 0.f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < dim; ++d) dot += q[d] * static_cast<float>(k[d]);
-      scores[m][j] = dot * scale;
-    }
-}
-
-template <typename Cache>
-void attend(const Call &c, const Tile &t, const Cache *keys, const Cache *values) {
-  constexpr int kMaxVectors = 64;  // query vectors of a pass: heads of the group times tokens of the tile
-  const int groups = static_cast<int>(c.groups()), vectors = groups * static_cast<int>(t.queries);
-  const float scale = 1.f / std::sqrt(static_cast<float>(c.dim));
-  const int64_t last = t.first_position + t.queries;  // tokens that the tile's last query may look at
-  const int32_t *table = c.tables + t.row * c.table_width;
-  std::vector<float> acc(static_cast<size_t>(vectors) * c.dim, 0.f), turned(static_cast<size_t>(c.dim) * kKeyTile);
-  std::vector<Softmax> state(vectors);
-  std::vector<const float *> queries(vectors);
-  for (int m = 0; m < vectors; ++m)
-    queries[m] = c.out + ((t.first_token + m / groups) * c.heads + t.kv_head * groups + m % groups) * c.dim;
-  float scores[kMaxVectors][kKeyTile];
-
-  for (int64_t first = 0; first < last;) {
-    const int64_t offset = first % c.block_size;
-    const int here = static_cast<int>(std::min<int64_t>({kKeyTile, c.block_size - offset, last - first}));
-    const int64_t at = ((c.layer * c.blocks + table[first / c.block_size]) * c.block_size + offset) * c.cache_row() + t.kv_head * c.dim;
-    const Cache *k = keys + at, *v = values + at;
-    const bool few = vectors < 8;
-    if (!few) {
-      for (int64_t d = 0; d < c.dim; ++d)
-        for (int j = 0; j < kKeyTile; ++j)
-          turned[d * kKeyTile + j] = j < here ? static_cast<float>(k[j * c.cache_row() + d]) : 0.f;
-    }
-    for (int begin = 0; begin < vectors; begin += kMaxVectors) {
-      const int count = std::min(kMaxVectors, vectors - begin);
-      if (few) {
-        few_scores(queries.data() + begin, count, k, c.cache_row(), here, c.dim, scale, scores);
-      } else {
-        tile_scores(queries.data() + begin, count, turned.data(), c.dim, scale, scores);
-      }
-      for (int m = 0; m < count; ++m) {
-        const int vector = begin + m;
-        const int64_t position = t.first_position + vector / groups;
-        const int visible = static_cast<int>(std::min<int64_t>(here, position + 1 - first));
-        if (visible <= 0) continue;
-        float *sum = acc.data() + static_cast<int64_t>(vector) * c.dim;
-        state[vector].take(scores[m], visible, sum, c.dim);
-        for (int j = 0; j < visible; ++j) {
-          const float weight = scores[m][j];
-          const Cache *value = v + j * c.cache_row();
-#pragma omp simd
-          for (int64_t d = 0; d < c.dim; ++d) sum[d] += weight * static_cast<float>(value[d]);
-        }
-      }
-    }
-    first += here;
-  }
-  for (int m = 0; m < vectors; ++m) {
-    float *to = c.out + ((t.first_token + m / groups) * c.heads + t.kv_head * groups + m % groups) * c.dim;
-    const float inverse = 1.f / state[m].sum;
-    for (int64_t d = 0; d < c.dim; ++d) to[d] = acc[static_cast<int64_t>(m) * c.dim + d] * inverse;
-  }
-}
-
-// The step's work, cut so that threads can share it: longest passes first, as late ones decide when the step ends.
-std::vector<Tile> tiles_of(const Call &c) {
-  std::vector<Tile> tiles;
-  for (int64_t row = 0, token = 0; row < c.rows; token += c.query_lens[row++])
-    for (int64_t done = 0; done < c.query_lens[row]; done += kQueryTile)
-      for (int64_t head = 0; head < c.kv_heads; ++head)
-        tiles.push_back({row, token + done, c.context_lens[row] - c.query_lens[row] + done,
-                         std::min<int64_t>(kQueryTile, c.query_lens[row] - done), head});
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile &a, const Tile &b) {
-    return (a.first_position + a.queries) * a.queries > (b.first_position + b.queries) * b.queries;
-  });
-  return tiles;
-}
-
-template <typename Cache>
-void run(const Call &c, void *key_cache, void *value_cache) {
-  auto *keys = static_cast<Cache *>(key_cache), *values = static_cast<Cache *>(value_cache);
-  const auto tiles = tiles_of(c);
+template <typename Format>
+void run(const Call &c) {
+  static Plan plan;  // of the runtime's one operator thread
+  plan.make(c);
   auto &pool = ThreadPool::shared();
   constexpr int64_t kTokens = 16;  // of one task: placing a token is short work
   pool.run((c.tokens + kTokens - 1) / kTokens, [&](int64_t task) {
-    for (int64_t t = task * kTokens; t < std::min(c.tokens, (task + 1) * kTokens); ++t) place_token(c, t, keys, values);
+    for (int64_t t = task * kTokens; t < std::min(c.tokens, (task + 1) * kTokens); ++t) place_token<Format>(c, t);
   });
-  pool.run(static_cast<int64_t>(tiles.size()), [&](int64_t i) { attend(c, tiles[i], keys, values); });
+  pool.run(static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) {
+    const Task &task = plan.tasks[i];
+    Unit &unit = plan.units[task.unit];
+    const int64_t vectors = unit.vectors(c), size = Partial::size(vectors, c.dim);
+    float *partials = plan.partials.data() + unit.partial;
+    const Partial partial(partials + task.piece * size, vectors, c.dim);
+    unit.is_one_token() ? attend_token<Format>(c, unit, task, partial) : attend_tile<Format>(c, unit, task, partial);
+    if (__atomic_sub_fetch(&unit.left, 1, __ATOMIC_ACQ_REL) == 0) merge(c, unit, partials);  // all others have read the queries
+  });
 }
 
 Call checked(const Arguments &a) {
@@ -250,6 +135,8 @@ Call checked(const Arguments &a) {
   c.context_lens = a.data<int32_t>(5, "int32", 1);
   const float *constants = a.data<float>(8, "float32", 1);
   c.out = a.data<float>(9, "float32", 2);
+  c.keys = a.raw(6);
+  c.values = a.raw(7);
   require(a.rank(6) == 4 && a.rank(7) == 4, "the caches must have rank 4");
   require(a.dim(8, 0) >= 5, "constants are missing");
   const auto layers = static_cast<int64_t>(constants[1]);
@@ -264,7 +151,7 @@ Call checked(const Arguments &a) {
   c.dim = a.dim(6, 3);
   require(c.block_size > 0, "blocks hold no token");
   require(c.kv_heads > 0 && c.heads % c.kv_heads == 0, "query heads are not a multiple of key/value heads");
-  require(c.heads / c.kv_heads <= 64, "more than 64 query heads share a key/value head");
+  require(c.groups() <= kMaxGroups, "more than 64 query heads share a key/value head");
   require(c.dim % 2 == 0 && c.dim > 0 && c.dim <= kMaxHeadDim, "head size must be even and at most 256");
   require(layers > 0 && c.layer >= 0 && c.layer < layers && a.dim(6, 0) % layers == 0, "layer or cache size is wrong");
   c.blocks = a.dim(6, 0) / layers;
@@ -313,10 +200,10 @@ extern "C" int PagedAttention(int count, void **pointers, int *ranks, int64_t **
     const Call c = checked(a);
     check_indices(c);
     if (a.is(6, "float32") && a.is(7, "float32")) {
-      run<float>(c, a.raw(6), a.raw(7));
+      run<Float32>(c);
     } else {
       require(a.is(6, "float16") && a.is(7, "float16"), "the caches must both be float32 or float16");
-      run<_Float16>(c, a.raw(6), a.raw(7));
+      run<Float16>(c);
     }
   });
 }

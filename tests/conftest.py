@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from native_call import NativeLibrary
 from serving_processes import Serving, serving
 
 TEMPLATES = {"internlm-chat": "internlm", "chat": "chat"}
@@ -34,3 +35,11 @@ def slow_standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 def client(standin: Serving) -> httpx.Client:
     """An HTTP client of ``standin``."""
     return standin.client()
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1-thread", "3-threads"])
+def native(request: pytest.FixtureRequest) -> NativeLibrary:
+    """The C++ operators on one thread, then on three."""
+    opened = NativeLibrary()
+    opened.own.set_threads(request.param)
+    return opened

@@ -1,0 +1,111 @@
+// Vectors of this machine's width, in the compilers' own notation: AVX-512, AVX2 and NEON from one source.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace native {
+namespace lanes {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kBlock = 6;  // kBlock times four sums fit the registers: 24 of 32
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kBlock = 3;  // 12 of 16
+#else
+constexpr int kLanes = 4, kBlock = 6;  // NEON: 24 of 32
+#endif
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+
+template <typename Vector>
+inline Vector read(const void *from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+inline Lanes load(const float *from) { return read<Lanes>(from); }
+
+inline Lanes load(const _Float16 *from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+#else
+  typedef _Float16 Numbers __attribute__((vector_size(kLanes * sizeof(_Float16))));
+  return __builtin_convertvector(read<Numbers>(from), Lanes);
+#endif
+}
+
+inline Lanes load_bfloat16(const uint16_t *from) {
+  return reinterpret_cast<Lanes>(__builtin_convertvector(read<Halves>(from), Words) << 16);
+}
+
+inline Lanes load(const int8_t *from) {
+  return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Ints), Lanes);
+}
+
+inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof(v)); }
+inline Lanes all(float x) { return Lanes{} + x; }
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+// The sum of the vector's quarters (or of what a narrower one has).
+inline Four fold(Lanes v) {
+  Four parts[kLanes / 4], total;
+  std::memcpy(parts, &v, sizeof(v));
+  total = parts[0];
+  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
+  return total;
+}
+
+// The sums of four vectors, as one.
+inline Four sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+#if defined(__AVX512F__)
+  const Lanes ab = reinterpret_cast<Lanes>(_mm512_unpacklo_ps(a, b)) + reinterpret_cast<Lanes>(_mm512_unpackhi_ps(a, b));
+  const Lanes cd = reinterpret_cast<Lanes>(_mm512_unpacklo_ps(c, d)) + reinterpret_cast<Lanes>(_mm512_unpackhi_ps(c, d));
+  const auto p = reinterpret_cast<__m512d>(ab), q = reinterpret_cast<__m512d>(cd);
+  return fold(reinterpret_cast<Lanes>(_mm512_unpacklo_pd(p, q)) + reinterpret_cast<Lanes>(_mm512_unpackhi_pd(p, q)));
+#else
+  const Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+  const Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  const Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+#endif
+}
+
+inline float sum(Lanes v) {
+  const Four f = fold(v);
+  return (f[0] + f[1]) + (f[2] + f[3]);
+}
+
+inline float largest(Lanes v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = top > v[i] ? top : v[i];
+  return top;
+}
+
+// 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor
+// polynomial.
+inline Lanes exp2_of_negative(Lanes x) {
+  const Lanes bounded = larger(x, all(-126.f));
+  const Ints n = __builtin_convertvector(bounded - 0.5f, Ints);  // towards zero: the nearest number, as x <= 0
+  const Lanes f = (bounded - __builtin_convertvector(n, Lanes)) * 0.693147181f;
+  const Lanes power =
+      1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
+  const Lanes scaled = power * reinterpret_cast<Lanes>((n + 127) << 23);
+  return x < -126.f ? Lanes{} : scaled;
+}
+
+inline float exp2_of_negative(float x) { return exp2_of_negative(all(x))[0]; }
+
+}  // namespace lanes
+}  // namespace native

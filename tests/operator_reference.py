@@ -1,0 +1,25 @@
+"""What tests of the C++ operators compare with, in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+EPS = 1e-5
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def rms_norm(x: Array, weight: Array) -> Array:
+    result: Array = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS) * weight
+    return result
+
+
+def assert_close(actual: Array, expected: Array, tolerance: float = 2e-5) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=1)
