@@ -184,28 +184,36 @@ extern "C" int NormLinear(int count, void **pointers, int *ranks, int64_t **shap
   });
 }
 
-// The end of a network. Inputs: 0 x f32 [L, K]; 1 norm f32 [K + 1]; 2 weight [V, K].
-// Outputs: 3 logits f32 [L, V]; 4 f32 [L, ceil(V / 64)], the largest of each 64 neighbouring logits (NaN if one is), from
-// which the best tokens are found without another look at them all.
+// The end of a network. Inputs: 0 x f32 [T, K]; 1 logits_indices i32 [L], the tokens whose logits are wanted; 2 norm f32
+// [K + 1]; 3 weight [V, K]. Outputs: 4 logits f32 [L, V]; 5 f32 [L, ceil(V / 64)], the largest of each 64 neighbouring logits
+// (NaN if one is), from which the best tokens are found without another look at them all.
 extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("Head", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    a.expect(5);
-    const float *x = a.data<float>(0, "float32", 2), *norm = a.data<float>(1, "float32", 1);
-    const int64_t tokens = a.dim(0, 0), columns = a.dim(0, 1);
-    a.expect_dim(1, 0, columns + 1);
-    const Weight weight = read_weight(a, 2, columns);
+    a.expect(6);
+    const float *x = a.data<float>(0, "float32", 2), *norm = a.data<float>(2, "float32", 1);
+    const int32_t *indices = a.data<int32_t>(1, "int32", 1);
+    const int64_t tokens = a.dim(1, 0), columns = a.dim(0, 1);
+    a.expect_dim(2, 0, columns + 1);
+    const Weight weight = read_weight(a, 3, columns);
     const int64_t runs = (weight.rows + kRun - 1) / kRun;
-    float *logits = a.data<float>(3, "float32", 2), *maxima = a.data<float>(4, "float32", 2);
-    a.expect_dim(3, 0, tokens);
-    a.expect_dim(3, 1, weight.rows);
+    float *logits = a.data<float>(4, "float32", 2), *maxima = a.data<float>(5, "float32", 2);
     a.expect_dim(4, 0, tokens);
-    a.expect_dim(4, 1, runs);
+    a.expect_dim(4, 1, weight.rows);
+    a.expect_dim(5, 0, tokens);
+    a.expect_dim(5, 1, runs);
+    static std::vector<float> wanted;  // of the runtime's one operator thread
+    wanted.resize(static_cast<size_t>(tokens * columns));
+    for (int64_t t = 0; t < tokens; ++t) {
+      require(indices[t] >= 0 && indices[t] < a.dim(0, 0), "token " + std::to_string(indices[t]) + " of " + std::to_string(a.dim(0, 0)));
+      std::memcpy(wanted.data() + t * columns, x + indices[t] * columns, columns * sizeof(float));
+    }
     static_assert(kRun == kTaskRows, "a task has a whole run");
-    multiply(prepare(x, norm, tokens, weight), tokens, weight, true, [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
-      std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
-      maxima[t * runs + n / kRun] = largest(dots, rows);
-    });
+    multiply(prepare(wanted.data(), norm, tokens, weight), tokens, weight, true,
+             [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+               std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
+               maxima[t * runs + n / kRun] = largest(dots, rows);
+             });
   });
 }
 
@@ -258,17 +266,11 @@ extern "C" {
 using Shape = std::vector<int64_t>;
 
 Shape EmbeddingInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0] > 0 ? shapes[2][0] - 1 : -1}; }
-Shape NormLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0]}; }
-Shape NormGatedLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[2][0] / 2}; }
-Shape ResidualLinearInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[1][0], shapes[2][0]}; }
 std::vector<Shape> HeadInferShape(int *, int64_t **shapes, AotExtra *) {
-  return {{shapes[0][0], shapes[2][0]}, {shapes[0][0], (shapes[2][0] + kRun - 1) / kRun}};
+  return {{shapes[1][0], shapes[3][0]}, {shapes[1][0], (shapes[3][0] + kRun - 1) / kRun}};
 }
 
 TypeId EmbeddingInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
-TypeId NormLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
-TypeId NormGatedLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
-TypeId ResidualLinearInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 std::vector<TypeId> HeadInferType(std::vector<TypeId>, AotExtra *) { return {kNumberTypeFloat32, kNumberTypeFloat32}; }
 
 }  // extern "C"

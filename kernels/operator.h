@@ -47,6 +47,7 @@ class Arguments {
   }
   void *raw(int i) const { return pointers_[i]; }
   bool is(int i, const char *dtype) const { return std::strcmp(dtypes_[i], dtype) == 0; }
+  const char *dtype(int i) const { return dtypes_[i]; }
   int rank(int i) const { return ranks_[i]; }
   int64_t dim(int i, int axis) const { return shapes_[i][axis]; }
   void expect_dim(int i, int axis, int64_t size) const {

@@ -207,11 +207,3 @@ extern "C" int PagedAttention(int count, void **pointers, int *ranks, int64_t **
     }
   });
 }
-
-extern "C" std::vector<int64_t> PagedAttentionInferShape(int *, int64_t **shapes, AotExtra *) {
-  // rows of qkv: H query heads and 2K others of size D; constants hold no shape at compile time, the caches do
-  const int64_t qkv = shapes[0][1], kv = shapes[6][2] * shapes[6][3];
-  return {shapes[0][0], qkv < 0 ? -1 : qkv - 2 * kv};
-}
-
-extern "C" TypeId PagedAttentionInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }

@@ -19,15 +19,15 @@ from kernels import library
 from models.checkpoint import Checkpoint
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
-from models.portable import Rope
 from models.weight_format import MATRICES, panels, read_blocks
-from models.weight_map import Rows
+from models.weight_map import Rows, Weights
 
 F16, F32, I32, U8 = DataType.F16_Default, DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "gguf")
 MAX_STEP_TOKENS = None  # as many as the configuration allows
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
+CACHE_DTYPES = (F32, F16)
 
 
 def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Custom:
@@ -73,10 +73,9 @@ def in_turn(rows: Rows) -> Rows:
     return turns
 
 
-def linear(name: str, weight: Parameter, *, before: int, bias: Parameter | None = None) -> ops.Custom:
-    """A linear operator with ``before`` float32 inputs in front of its weight, which is of any format."""
-    signature = (F32,) * before + (U8 if weight.dtype == ms.uint8 else F32,) + (F32,) * (bias is not None)
-    return custom(name, (*signature, F32))
+def weight_dtype(weight: Parameter) -> Any:
+    """Packed weights are bytes."""
+    return U8 if weight.dtype == ms.uint8 else F32
 
 
 class Embedding(nn.Cell):  # type: ignore[misc]
@@ -85,63 +84,10 @@ class Embedding(nn.Cell):  # type: ignore[misc]
     def __init__(self, weight: Parameter, norm: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.weight, self.norm = weight, norm
-        self.rows = custom("Embedding", (I32, U8 if weight.dtype == ms.uint8 else F32, F32, F32))
+        self.rows = custom("Embedding", (I32, weight_dtype(weight), F32, F32))
 
     def construct(self, token_ids: Tensor) -> Tensor:
         return self.rows(token_ids, self.weight, self.norm)
-
-
-class Head(nn.Cell):  # type: ignore[misc]
-    """RMS norm and the vocabulary: ``[L, hidden] →`` logits ``[L, V]`` and the largest of each 64 of them."""
-
-    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
-        super().__init__(auto_prefix=False)
-        self.norm, self.weight = norm, weight
-        signature = (F32, F32, U8 if weight.dtype == ms.uint8 else F32, F32, F32)
-        self.head = custom("Head", signature, outputs=2)
-
-    def construct(self, x: Tensor) -> Any:
-        return self.head(x, self.norm, self.weight)
-
-
-class NormLinear(nn.Cell):  # type: ignore[misc]
-    """RMS norm, then a linear layer: ``[T, in] → [T, out]``."""
-
-    def __init__(self, norm: Parameter, eps: float, weight: Parameter, bias: Parameter | None = None) -> None:
-        super().__init__(auto_prefix=False)
-        self.norm, self.weight, self.bias = norm, weight, bias
-        self.linear = linear("NormLinear", weight, before=2, bias=bias)
-
-    def construct(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.linear(x, self.norm, self.weight)
-        return self.linear(x, self.norm, self.weight, self.bias)
-
-
-class NormGatedLinear(nn.Cell):  # type: ignore[misc]
-    """RMS norm, gate and up projection, ``silu(gate) * up``: ``[T, in] → [T, I]``."""
-
-    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
-        super().__init__(auto_prefix=False)
-        self.norm, self.weight = norm, weight
-        self.linear = linear("NormGatedLinear", weight, before=2)
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.norm, self.weight)
-
-
-class ResidualLinear(nn.Cell):  # type: ignore[misc]
-    """A linear layer whose result is added to the residual stream."""
-
-    def __init__(self, weight: Parameter, bias: Parameter | None = None) -> None:
-        super().__init__(auto_prefix=False)
-        self.weight, self.bias = weight, bias
-        self.linear = linear("ResidualLinear", weight, before=2, bias=bias)
-
-    def construct(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.linear(residual, x, self.weight)
-        return self.linear(residual, x, self.weight, self.bias)
 
 
 class Geometry(nn.Cell):  # type: ignore[misc]
@@ -149,40 +95,81 @@ class Geometry(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, frequencies: Parameter, block_size: int) -> None:
         super().__init__(auto_prefix=False)
-        self.rope = Rope(frequencies)
+        self.frequencies = frequencies
+        self.angles = custom("RotaryAngles", (I32, F32, F32))
 
     def construct(
         self, positions: Tensor, slot_mapping: Tensor, block_tables: Tensor, query_lens: Tensor, context_lens: Tensor
     ) -> Any:
-        cos, sin = self.rope(positions)
-        return ops.concat((cos, sin), 2).squeeze(1), slot_mapping, block_tables, query_lens, context_lens
+        return self.angles(positions, self.frequencies), slot_mapping, block_tables, query_lens, context_lens
 
 
-class Attention(nn.Cell):  # type: ignore[misc]
-    """One layer's rotary embedding, cache write and attention.
+class AttentionBlock(nn.Cell):  # type: ignore[misc]
+    """One layer's first half: ``x + output(attention(qkv(norm(x))))``.
 
-    ``construct(qkv, geometry, key_cache, value_cache) -> (out [T, H * D], ())``: nothing is left for the host to write.
+    ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, ())``: nothing is left for the host to write.
     """
 
-    def __init__(self, config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> None:
+    def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
-        if config.head_dim > MAX_HEAD_DIM or config.num_heads > MAX_GROUP * config.num_kv_heads:
-            raise CheckpointError(
-                f"heads of {config.head_dim} numbers, {config.num_heads} of them on {config.num_kv_heads}: the C++ "
-                f"attention takes {MAX_HEAD_DIM} and {MAX_GROUP} on one; export with --operators portable"
-            )
-        constants = [layer, config.num_layers, config.num_heads, config.num_kv_heads, config.norm_eps]
-        norms = [] if q_norm is None or k_norm is None else [q_norm.asnumpy(), k_norm.asnumpy()]
-        packed = np.concatenate([np.asarray(constants, dtype=np.float32), *norms])
-        self.constants = Parameter(Tensor(packed), name=f"layers.{layer}.attention_constants", requires_grad=False)
-        heads = (F32, F32, I32, I32, I32, I32)
-        self.attend = custom("PagedAttention", (*heads, F32, F32, F32, F32), (*heads, F16, F16, F32, F32))
+        check_heads(config)
+        self.norm, self.qkv, self.output = (weights(name) for name in ("attention_norm", "qkv", "output"))
+        self.constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
+        biases = weights("qkv_bias"), weights("output_bias")
+        self.biases = tuple(bias for bias in biases if bias is not None)
+        before = (F32, F32, weight_dtype(self.qkv), F32, I32, I32, I32, I32)
+        after = (F32, weight_dtype(self.output), *[F32] * len(self.biases), F32)
+        self.block = custom("AttentionBlock", *((*before, cache, cache, *after) for cache in CACHE_DTYPES))
 
-    def construct(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        cos_sin, slots, tables, query_lens, context_lens = geometry
-        out = self.attend(qkv, cos_sin, slots, tables, query_lens, context_lens, key_cache, value_cache, self.constants)
-        return out, ()
+    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+        cache = key_cache, value_cache
+        return self.block(x, self.norm, self.qkv, *geometry, *cache, self.constants, self.output, *self.biases), ()
+
+
+class MLPBlock(nn.Cell):  # type: ignore[misc]
+    """One layer's second half: ``x + down(silu(gate) * up)`` of the normed x."""
+
+    def __init__(self, config: NetworkConfig, weights: Weights) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.gate_up, self.down = (weights(name) for name in ("mlp_norm", "gate_up", "down"))
+        self.block = custom("MLPBlock", (F32, F32, weight_dtype(self.gate_up), weight_dtype(self.down), F32))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.block(x, self.norm, self.gate_up, self.down)
+
+
+class Head(nn.Cell):  # type: ignore[misc]
+    """RMS norm and vocabulary at the wanted positions: logits ``[L, V]`` and the largest of each 64 of them."""
+
+    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm, self.weight = norm, weight
+        self.head = custom("Head", (F32, I32, F32, weight_dtype(weight), F32, F32), outputs=2)
+
+    def construct(self, x: Tensor, logits_indices: Tensor) -> Any:
+        return self.head(x, logits_indices, self.norm, self.weight)
+
+
+def attention_constants(config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> Any:
+    """What PagedAttention must know of the network: numbers, then the weights of the heads' norms if it has them."""
+    numbers = [layer, config.num_layers, config.num_heads, config.num_kv_heads, config.norm_eps]
+    norms = [] if q_norm is None or k_norm is None else [q_norm.asnumpy(), k_norm.asnumpy()]
+    packed = np.concatenate([np.asarray(numbers, dtype=np.float32), *norms])
+    return Parameter(Tensor(packed), name=f"layers.{layer}.attention_constants", requires_grad=False)
+
+
+def check_heads(config: NetworkConfig) -> None:
+    """See that the C++ attention takes these heads.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if config.head_dim > MAX_HEAD_DIM or config.num_heads > MAX_GROUP * config.num_kv_heads:
+        raise CheckpointError(
+            f"heads of {config.head_dim} numbers, {config.num_heads} of them on {config.num_kv_heads}: the C++ "
+            f"attention takes {MAX_HEAD_DIM} and {MAX_GROUP} on one; export with --operators portable"
+        )
 
 
 GEOMETRY = {"prefill": Geometry, "decode": Geometry}
-ATTENTION = {"prefill": Attention, "decode": Attention}
+ATTENTION = {"prefill": AttentionBlock, "decode": AttentionBlock}

@@ -9,7 +9,6 @@ which rows a graph is for: *prefill* takes any, *decode* only rows of one token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from models.network_config import NetworkConfig, RopeScaling
+from models.weight_map import Weights
 
 Phase = Literal["prefill", "decode"]
-Weights = Callable[[str], Parameter | None]  # by the names of network_config
 
 
 class Layer(nn.Cell):  # type: ignore[misc]
@@ -34,17 +33,12 @@ class Layer(nn.Cell):  # type: ignore[misc]
         def weight(name: str) -> Parameter | None:
             return weights(f"layers.{index}.{name}")
 
-        eps = config.norm_eps
-        self.qkv = operators.NormLinear(weight("attention_norm"), eps, weight("qkv"), weight("qkv_bias"))
-        self.attention = operators.ATTENTION[phase](config, index, weight("q_norm"), weight("k_norm"))
-        self.output = operators.ResidualLinear(weight("output"), weight("output_bias"))
-        self.gate_up = operators.NormGatedLinear(weight("mlp_norm"), eps, weight("gate_up"))
-        self.down = operators.ResidualLinear(weight("down"))
+        self.attention = operators.ATTENTION[phase](config, index, weight)
+        self.mlp = operators.MLPBlock(config, weight)
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        attended, fresh = self.attention(self.qkv(x), geometry, key_cache, value_cache)
-        x = self.output(x, attended)
-        return self.down(x, self.gate_up(x)), fresh
+        x, fresh = self.attention(x, geometry, key_cache, value_cache)
+        return self.mlp(x), fresh
 
 
 class Network(nn.Cell):  # type: ignore[misc]
@@ -90,7 +84,7 @@ class Network(nn.Cell):  # type: ignore[misc]
         for layer in self.layers:
             x, fresh = layer(x, geometry, key_cache, value_cache)
             keys, values = keys + fresh[:1], values + fresh[1:]
-        logits = self.head(ops.gather(x, logits_indices, 0))
+        logits = self.head(x, logits_indices)
         if keys:
             return logits, ops.stack(keys), ops.stack(values)
         return logits

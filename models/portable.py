@@ -21,7 +21,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from config.serving_config import WeightFormat
 from models.checkpoint import Checkpoint
 from models.network_config import NetworkConfig
-from models.weight_map import Floats
+from models.weight_map import Floats, Weights
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32",)
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
@@ -83,7 +83,22 @@ class NormLinear(nn.Cell):  # type: ignore[misc]
 
 
 class Head(NormLinear):
-    """RMS norm and the vocabulary: ``[L, hidden] → [L, V]``."""
+    """RMS norm and vocabulary at the wanted positions: logits ``[L, V]``."""
+
+    def construct(self, x: Tensor, logits_indices: Tensor) -> Tensor:
+        return self.linear(self.norm(ops.gather(x, logits_indices, 0)))
+
+
+class MLPBlock(nn.Cell):  # type: ignore[misc]
+    """One layer's second half: ``x + down(silu(gate) * up)`` of the normed x."""
+
+    def __init__(self, config: NetworkConfig, weights: Weights) -> None:
+        super().__init__(auto_prefix=False)
+        self.gate_up = NormGatedLinear(weights("mlp_norm"), config.norm_eps, weights("gate_up"))
+        self.down = ResidualLinear(weights("down"))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.down(x, self.gate_up(x))
 
 
 class NormGatedLinear(nn.Cell):  # type: ignore[misc]
@@ -173,15 +188,19 @@ class DecodeGeometry(nn.Cell):  # type: ignore[misc]
         return cos, sin, block_tables, mask.expand_dims(1).expand_dims(1)
 
 
-class Attention(nn.Cell):  # type: ignore[misc]
-    """One layer's rotary embedding and attention over cached and new tokens.
+class AttentionBlock(nn.Cell):  # type: ignore[misc]
+    """One layer's first half: ``x + output(attention(qkv(norm(x))))`` over cached and new tokens.
 
-    ``construct(qkv, geometry, key_cache, value_cache) -> (out [T, H * D], (new keys [T, K, D], new values [T, K, D]))``
+    ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, (new keys [T, K, D], new values [T, K, D]))``
     with what the phase's geometry Cell returned.
     """
 
-    def __init__(self, config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> None:
+    def __init__(self, config: NetworkConfig, layer: int, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
+        norm, qkv, bias = weights("attention_norm"), weights("qkv"), weights("qkv_bias")
+        self.qkv = NormLinear(norm, config.norm_eps, qkv, bias)
+        self.output = ResidualLinear(weights("output"), weights("output_bias"))
+        q_norm, k_norm = weights("q_norm"), weights("k_norm")
         self.layer = layer
         self.num_layers = config.num_layers
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -209,20 +228,24 @@ class Attention(nn.Cell):  # type: ignore[misc]
             q, k = self.q_norm(q), self.k_norm(k)
         return self.rotate(q, geometry[0], geometry[1]), self.rotate(k, geometry[0], geometry[1]), v
 
+    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+        attended, fresh = self.attend(self.qkv(x), geometry, key_cache, value_cache)
+        return self.output(x, attended), fresh
+
     def cached(self, cache: Tensor, tables: Tensor) -> Tensor:
         """This layer's blocks of all rows, ``[R * M, B, K, D]`` in f32."""
         first = self.layer * (ops.shape(cache)[0] // self.num_layers)
         return ops.cast(ops.gather(cache, tables.reshape((-1,)) + first, 0), ms.float32)
 
 
-class PrefillAttention(Attention):
+class PrefillAttention(AttentionBlock):
     """Rows of any length: every token looks at the cached and new tokens of all rows, and a mask leaves its own.
 
     The mask keeps the graph free of shapes that depend on values; its price is work that grows with the square of the
     step's tokens, not of the row's. The C++ operator does not pay it.
     """
 
-    def construct(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+    def attend(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         q, k, v = self.heads_of(qkv, geometry)
         keys = self.with_cached(k, key_cache, geometry[2])  # [K, S, D], S = R * M * B + T
         values = self.with_cached(v, value_cache, geometry[2])
@@ -240,10 +263,10 @@ class PrefillAttention(Attention):
         return ops.concat((cached, new), 0).transpose((1, 0, 2))
 
 
-class DecodeAttention(Attention):
+class DecodeAttention(AttentionBlock):
     """Rows of one token: each looks at its own cached tokens and at itself."""
 
-    def construct(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+    def attend(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         q, k, v = self.heads_of(qkv, geometry)
         keys = self.with_cached(k, key_cache, geometry[2])  # [R, K, S, D], S = M * B + 1
         values = self.with_cached(v, value_cache, geometry[2])

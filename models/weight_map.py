@@ -22,6 +22,7 @@ from models.network_config import NetworkConfig
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Rows = NDArray[Any]  # of numbers, or of the bytes of their blocks
+Weights = Callable[[str], Any]  # MindSpore's Parameter of a weight by its name, or None if the network has none
 
 
 class RowOrder(Protocol):
