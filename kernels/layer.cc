@@ -1,4 +1,4 @@
-// The two halves of a decoder layer, each as one operator of the graph.
+// A whole decoder layer as one operator of the graph.
 //
 // Between two operators MindSpore's runtime spends 20 to 40 microseconds, at small batches as long as they run. So the
 // operators of linear.cc and paged_attention.cc are called from here one after another, on memory that all layers share and
@@ -70,46 +70,35 @@ void call(Operator *op, std::vector<Value> values) {
 
 extern "C" {
 
-// x + output(attention(qkv(norm(x)))). Inputs: 0 x f32 [T, N]; 1 norm f32 [N + 1]; 2 qkv weight [Q, N]; 3 to 10: inputs 1 to 8
-// of PagedAttention (cos_sin, slot_mapping, block_tables, query_lens, context_lens, key_cache, value_cache, constants); 11
-// output weight [N, H * D]; optionally 12 bias of qkv f32 [Q], and then 13 bias of the output f32 [N]. Output: f32 [T, N].
-int AttentionBlock(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
-  return guarded("AttentionBlock", [&] {
+// y = x + output(attention(qkv(norm(x)))), then y + down(silu(gate) * up) of norm(y).
+//
+// Inputs: 0 x f32 [T, N]; 1 attention norm f32 [N + 1]; 2 qkv weight [Q, N]; 3 to 10: inputs 1 to 8 of PagedAttention (cos_sin,
+// slot_mapping, block_tables, query_lens, context_lens, key_cache, value_cache, constants); 11 output weight [N, H * D]; 12
+// MLP norm f32 [N + 1]; 13 weight of gate and up [2 * I, N]; 14 weight of down [N, I]; optionally 15 bias of qkv f32 [Q], and
+// then 16 bias of the output f32 [N]. Output: f32 [T, N].
+int DecoderLayer(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
+  return guarded("DecoderLayer", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    require(count >= 13 && count <= 15, "takes 12 to 14 inputs");
+    require(count >= 16 && count <= 18, "takes 15 to 17 inputs");
     const auto in = [&](int i) { return argument(a, i); };
     const float *constants = a.data<float>(10, "float32", 1);
     require(a.dim(10, 0) >= 5, "constants are missing");
-    require(a.rank(0) == 2 && a.rank(2) == 2 && a.rank(3) == 2, "x, the weight of qkv and cos_sin must have rank 2");
-    const int64_t heads = static_cast<int64_t>(constants[2]);
+    for (int i : {0, 2, 3, 13}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
+    const auto heads = static_cast<int64_t>(constants[2]);
     require(heads > 0 && heads < 65536, "the number of heads is wrong");
-    static Between projected, attended;
-    const Value qkv = projected.matrix(a.dim(0, 0), a.dim(2, 0)), heads_out = attended.matrix(a.dim(0, 0), heads * a.dim(3, 1));
-    count > 13 ? call(NormLinear, {in(0), in(1), in(2), in(12), qkv}) : call(NormLinear, {in(0), in(1), in(2), qkv});
+    static Between projected, attended, halfway, gated;
+    const int64_t tokens = a.dim(0, 0);
+    const Value x = in(0), qkv = projected.matrix(tokens, a.dim(2, 0)), y = halfway.matrix(tokens, a.dim(0, 1)), out = in(count - 1);
+    const Value heads_out = attended.matrix(tokens, heads * a.dim(3, 1)), hidden = gated.matrix(tokens, a.dim(13, 0) / 2);
+    count > 16 ? call(NormLinear, {x, in(1), in(2), in(15), qkv}) : call(NormLinear, {x, in(1), in(2), qkv});
     call(PagedAttention, {qkv, in(3), in(4), in(5), in(6), in(7), in(8), in(9), in(10), heads_out});
-    const Value y = in(count - 1);
-    count > 14 ? call(ResidualLinear, {in(0), heads_out, in(11), in(13), y}) : call(ResidualLinear, {in(0), heads_out, in(11), y});
+    count > 17 ? call(ResidualLinear, {x, heads_out, in(11), in(16), y}) : call(ResidualLinear, {x, heads_out, in(11), y});
+    call(NormGatedLinear, {y, in(12), in(13), hidden});
+    call(ResidualLinear, {y, hidden, in(14), out});
   });
 }
 
-// x + down(silu(gate) * up) of norm(x). Inputs: 0 x f32 [T, N]; 1 norm f32 [N + 1]; 2 weight of gate and up [2 * I, N]; 3 weight
-// of down [N, I]. Output: f32 [T, N].
-int MLPBlock(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
-  return guarded("MLPBlock", [&] {
-    const Arguments a(count, pointers, ranks, shapes, dtypes);
-    a.expect(5);
-    const auto in = [&](int i) { return argument(a, i); };
-    require(a.rank(0) == 2 && a.rank(2) == 2, "x and the weight of gate and up must have rank 2");
-    static Between gated;
-    const Value hidden = gated.matrix(a.dim(0, 0), a.dim(2, 0) / 2);
-    call(NormGatedLinear, {in(0), in(1), in(2), hidden});
-    call(ResidualLinear, {in(0), hidden, in(3), in(4)});
-  });
-}
-
-std::vector<int64_t> AttentionBlockInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
-std::vector<int64_t> MLPBlockInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
-TypeId AttentionBlockInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
-TypeId MLPBlockInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
+std::vector<int64_t> DecoderLayerInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
+TypeId DecoderLayerInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 
 }  // extern "C"

@@ -104,8 +104,8 @@ class Geometry(nn.Cell):  # type: ignore[misc]
         return self.angles(positions, self.frequencies), slot_mapping, block_tables, query_lens, context_lens
 
 
-class AttentionBlock(nn.Cell):  # type: ignore[misc]
-    """One layer's first half: ``x + output(attention(qkv(norm(x))))``.
+class DecoderLayer(nn.Cell):  # type: ignore[misc]
+    """Attention and gated MLP, each on the residual stream, in one operator.
 
     ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, ())``: nothing is left for the host to write.
     """
@@ -113,29 +113,19 @@ class AttentionBlock(nn.Cell):  # type: ignore[misc]
     def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
         check_heads(config)
-        self.norm, self.qkv, self.output = (weights(name) for name in ("attention_norm", "qkv", "output"))
+        self.attention_norm, self.qkv, self.output = (weights(name) for name in ("attention_norm", "qkv", "output"))
+        self.mlp_norm, self.gate_up, self.down = (weights(name) for name in ("mlp_norm", "gate_up", "down"))
         self.constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
         biases = weights("qkv_bias"), weights("output_bias")
         self.biases = tuple(bias for bias in biases if bias is not None)
-        before = (F32, F32, weight_dtype(self.qkv), F32, I32, I32, I32, I32)
-        after = (F32, weight_dtype(self.output), *[F32] * len(self.biases), F32)
-        self.block = custom("AttentionBlock", *((*before, cache, cache, *after) for cache in CACHE_DTYPES))
+        qkv, output, gate_up, down = (weight_dtype(w) for w in (self.qkv, self.output, self.gate_up, self.down))
+        before = (F32, F32, qkv, F32, I32, I32, I32, I32)
+        after = (F32, output, F32, gate_up, down, *[F32] * len(self.biases), F32)
+        self.layer = custom("DecoderLayer", *((*before, cache, cache, *after) for cache in CACHE_DTYPES))
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        cache = key_cache, value_cache
-        return self.block(x, self.norm, self.qkv, *geometry, *cache, self.constants, self.output, *self.biases), ()
-
-
-class MLPBlock(nn.Cell):  # type: ignore[misc]
-    """One layer's second half: ``x + down(silu(gate) * up)`` of the normed x."""
-
-    def __init__(self, config: NetworkConfig, weights: Weights) -> None:
-        super().__init__(auto_prefix=False)
-        self.norm, self.gate_up, self.down = (weights(name) for name in ("mlp_norm", "gate_up", "down"))
-        self.block = custom("MLPBlock", (F32, F32, weight_dtype(self.gate_up), weight_dtype(self.down), F32))
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.block(x, self.norm, self.gate_up, self.down)
+        attention = self.attention_norm, self.qkv, *geometry, key_cache, value_cache, self.constants, self.output
+        return self.layer(x, *attention, self.mlp_norm, self.gate_up, self.down, *self.biases), ()
 
 
 class Head(nn.Cell):  # type: ignore[misc]
@@ -172,4 +162,4 @@ def check_heads(config: NetworkConfig) -> None:
 
 
 GEOMETRY = {"prefill": Geometry, "decode": Geometry}
-ATTENTION = {"prefill": AttentionBlock, "decode": AttentionBlock}
+LAYER = {"prefill": DecoderLayer, "decode": DecoderLayer}

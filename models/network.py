@@ -22,25 +22,6 @@ from models.weight_map import Weights
 Phase = Literal["prefill", "decode"]
 
 
-class Layer(nn.Cell):  # type: ignore[misc]
-    """Attention and gated MLP, each on the residual stream."""
-
-    def __init__(
-        self, config: NetworkConfig, index: int, weights: Weights, operators: ModuleType, phase: Phase
-    ) -> None:
-        super().__init__(auto_prefix=False)
-
-        def weight(name: str) -> Parameter | None:
-            return weights(f"layers.{index}.{name}")
-
-        self.attention = operators.ATTENTION[phase](config, index, weight)
-        self.mlp = operators.MLPBlock(config, weight)
-
-    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        x, fresh = self.attention(x, geometry, key_cache, value_cache)
-        return self.mlp(x), fresh
-
-
 class Network(nn.Cell):  # type: ignore[misc]
     """A whole decoder for one phase.
 
@@ -60,7 +41,8 @@ class Network(nn.Cell):  # type: ignore[misc]
         self.embed = operators.Embedding(weights("embed_tokens"), weights("norm"))
         self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
         self.layers = nn.CellList(
-            [Layer(config, i, weights, operators, phase) for i in range(config.num_layers)], auto_prefix=False
+            [operators.LAYER[phase](config, i, of_layer(weights, i)) for i in range(config.num_layers)],
+            auto_prefix=False,
         )
         head = weights("embed_tokens" if config.tied_embeddings else "head")
         self.head = operators.Head(weights("norm"), config.norm_eps, head)
@@ -88,6 +70,11 @@ class Network(nn.Cell):  # type: ignore[misc]
         if keys:
             return logits, ops.stack(keys), ops.stack(values)
         return logits
+
+
+def of_layer(weights: Weights, index: int) -> Weights:
+    """The weights of one layer, by the names that they have in each."""
+    return lambda name: weights(f"layers.{index}.{name}")
 
 
 def constant(name: str, value: NDArray[np.float32]) -> Parameter:

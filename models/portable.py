@@ -82,23 +82,15 @@ class NormLinear(nn.Cell):  # type: ignore[misc]
         return self.linear(self.norm(x))
 
 
-class Head(NormLinear):
+class Head(nn.Cell):  # type: ignore[misc]
     """RMS norm and vocabulary at the wanted positions: logits ``[L, V]``."""
 
-    def construct(self, x: Tensor, logits_indices: Tensor) -> Tensor:
-        return self.linear(self.norm(ops.gather(x, logits_indices, 0)))
-
-
-class MLPBlock(nn.Cell):  # type: ignore[misc]
-    """One layer's second half: ``x + down(silu(gate) * up)`` of the normed x."""
-
-    def __init__(self, config: NetworkConfig, weights: Weights) -> None:
+    def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
         super().__init__(auto_prefix=False)
-        self.gate_up = NormGatedLinear(weights("mlp_norm"), config.norm_eps, weights("gate_up"))
-        self.down = ResidualLinear(weights("down"))
+        self.linear = NormLinear(norm, eps, weight)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.down(x, self.gate_up(x))
+    def construct(self, x: Tensor, logits_indices: Tensor) -> Tensor:
+        return self.linear(ops.gather(x, logits_indices, 0))
 
 
 class NormGatedLinear(nn.Cell):  # type: ignore[misc]
@@ -188,19 +180,15 @@ class DecodeGeometry(nn.Cell):  # type: ignore[misc]
         return cos, sin, block_tables, mask.expand_dims(1).expand_dims(1)
 
 
-class AttentionBlock(nn.Cell):  # type: ignore[misc]
-    """One layer's first half: ``x + output(attention(qkv(norm(x))))`` over cached and new tokens.
+class Attention(nn.Cell):  # type: ignore[misc]
+    """One layer's rotary embedding and attention over cached and new tokens.
 
-    ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, (new keys [T, K, D], new values [T, K, D]))``
+    ``construct(qkv, geometry, key_cache, value_cache) -> (out [T, H * D], (new keys [T, K, D], new values [T, K, D]))``
     with what the phase's geometry Cell returned.
     """
 
-    def __init__(self, config: NetworkConfig, layer: int, weights: Weights) -> None:
+    def __init__(self, config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> None:
         super().__init__(auto_prefix=False)
-        norm, qkv, bias = weights("attention_norm"), weights("qkv"), weights("qkv_bias")
-        self.qkv = NormLinear(norm, config.norm_eps, qkv, bias)
-        self.output = ResidualLinear(weights("output"), weights("output_bias"))
-        q_norm, k_norm = weights("q_norm"), weights("k_norm")
         self.layer = layer
         self.num_layers = config.num_layers
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -228,24 +216,20 @@ class AttentionBlock(nn.Cell):  # type: ignore[misc]
             q, k = self.q_norm(q), self.k_norm(k)
         return self.rotate(q, geometry[0], geometry[1]), self.rotate(k, geometry[0], geometry[1]), v
 
-    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        attended, fresh = self.attend(self.qkv(x), geometry, key_cache, value_cache)
-        return self.output(x, attended), fresh
-
     def cached(self, cache: Tensor, tables: Tensor) -> Tensor:
         """This layer's blocks of all rows, ``[R * M, B, K, D]`` in f32."""
         first = self.layer * (ops.shape(cache)[0] // self.num_layers)
         return ops.cast(ops.gather(cache, tables.reshape((-1,)) + first, 0), ms.float32)
 
 
-class PrefillAttention(AttentionBlock):
+class PrefillAttention(Attention):
     """Rows of any length: every token looks at the cached and new tokens of all rows, and a mask leaves its own.
 
     The mask keeps the graph free of shapes that depend on values; its price is work that grows with the square of the
     step's tokens, not of the row's. The C++ operator does not pay it.
     """
 
-    def attend(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+    def construct(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         q, k, v = self.heads_of(qkv, geometry)
         keys = self.with_cached(k, key_cache, geometry[2])  # [K, S, D], S = R * M * B + T
         values = self.with_cached(v, value_cache, geometry[2])
@@ -263,10 +247,10 @@ class PrefillAttention(AttentionBlock):
         return ops.concat((cached, new), 0).transpose((1, 0, 2))
 
 
-class DecodeAttention(AttentionBlock):
+class DecodeAttention(Attention):
     """Rows of one token: each looks at its own cached tokens and at itself."""
 
-    def attend(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+    def construct(self, qkv: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         q, k, v = self.heads_of(qkv, geometry)
         keys = self.with_cached(k, key_cache, geometry[2])  # [R, K, S, D], S = M * B + 1
         values = self.with_cached(v, value_cache, geometry[2])
@@ -283,5 +267,41 @@ class DecodeAttention(AttentionBlock):
         return ops.concat((cached, new.expand_dims(1)), 1).transpose((0, 2, 1, 3))
 
 
+class DecoderLayer(nn.Cell):  # type: ignore[misc]
+    """Attention and gated MLP, each on the residual stream.
+
+    ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, (new keys [T, K, D], new values [T, K, D]))``
+    with what the phase's geometry Cell returned.
+    """
+
+    attention: type[Attention]
+
+    def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
+        super().__init__(auto_prefix=False)
+        eps = config.norm_eps
+        self.qkv = NormLinear(weights("attention_norm"), eps, weights("qkv"), weights("qkv_bias"))
+        self.attend = self.attention(config, index, weights("q_norm"), weights("k_norm"))
+        self.output = ResidualLinear(weights("output"), weights("output_bias"))
+        self.gate_up = NormGatedLinear(weights("mlp_norm"), eps, weights("gate_up"))
+        self.down = ResidualLinear(weights("down"))
+
+    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+        attended, fresh = self.attend(self.qkv(x), geometry, key_cache, value_cache)
+        x = self.output(x, attended)
+        return self.down(x, self.gate_up(x)), fresh
+
+
+class PrefillLayer(DecoderLayer):
+    """For rows of any length."""
+
+    attention = PrefillAttention
+
+
+class DecodeLayer(DecoderLayer):
+    """For rows of one token."""
+
+    attention = DecodeAttention
+
+
 GEOMETRY = {"prefill": PrefillGeometry, "decode": DecodeGeometry}
-ATTENTION = {"prefill": PrefillAttention, "decode": DecodeAttention}
+LAYER = {"prefill": PrefillLayer, "decode": DecodeLayer}
