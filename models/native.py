@@ -116,16 +116,21 @@ class DecoderLayer(nn.Cell):  # type: ignore[misc]
         self.attention_norm, self.qkv, self.output = (weights(name) for name in ("attention_norm", "qkv", "output"))
         self.mlp_norm, self.gate_up, self.down = (weights(name) for name in ("mlp_norm", "gate_up", "down"))
         self.constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
-        biases = weights("qkv_bias"), weights("output_bias")
-        self.biases = tuple(bias for bias in biases if bias is not None)
+        self.qkv_bias, self.output_bias = weights("qkv_bias"), weights("output_bias")
+        biases = [F32 for bias in (self.qkv_bias, self.output_bias) if bias is not None]
         qkv, output, gate_up, down = (weight_dtype(w) for w in (self.qkv, self.output, self.gate_up, self.down))
         before = (F32, F32, qkv, F32, I32, I32, I32, I32)
-        after = (F32, output, F32, gate_up, down, *[F32] * len(self.biases), F32)
+        after = (F32, output, F32, gate_up, down, *biases, F32)
         self.layer = custom("DecoderLayer", *((*before, cache, cache, *after) for cache in CACHE_DTYPES))
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         attention = self.attention_norm, self.qkv, *geometry, key_cache, value_cache, self.constants, self.output
-        return self.layer(x, *attention, self.mlp_norm, self.gate_up, self.down, *self.biases), ()
+        mlp = self.mlp_norm, self.gate_up, self.down
+        if self.qkv_bias is None:
+            return self.layer(x, *attention, *mlp), ()
+        if self.output_bias is None:
+            return self.layer(x, *attention, *mlp, self.qkv_bias), ()
+        return self.layer(x, *attention, *mlp, self.qkv_bias, self.output_bias), ()
 
 
 class Head(nn.Cell):  # type: ignore[misc]
