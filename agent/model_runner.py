@@ -18,20 +18,21 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore.common.np_dtype import bfloat16
 from numpy.typing import NDArray
 
 from agent.logits import Logits
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from config.manifest import Manifest, ManifestError, read_manifest, verify_files
+from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_files
 from kernels import library
 from models import mindir
 
-ITEM_SIZES = {"float32": 4, "float16": 2}  # bytes of a number in the cache
 MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
-LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # of the start-up proof, relative to the largest logit
+# Of the start-up proof, relative to the largest logit: a sum in another order may round a number in the cache the other way
+LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2, "int8": 5e-2}
 ROUNDED_TOLERANCE = 5e-2  # the same where activations are rounded, as they are for packed weights
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,15 @@ class ModelRunner:
         Args:
             folder: what ``models.export`` wrote.
             cache_bytes: memory for keys and values.
-            cache_dtype: ``float32`` or ``float16``.
+            cache_dtype: a ``config.serving_config.CacheDtype``.
             threads: of operators; None takes one for each physical core.
 
         Raises:
-            ManifestError: the folder holds no model that this machine can run, or the cache budget holds no block.
+            ManifestError: the folder holds no model that this machine can run with such a cache, or the cache budget
+                holds no block.
         """
         self.manifest = read_manifest(folder)
+        self.manifest.check_cache_dtype(cache_dtype)
         self.cache_dtype = cache_dtype
         self.num_blocks = cache_blocks(self.manifest, cache_bytes, cache_dtype)
         if self.manifest.target != "cpu":
@@ -65,9 +68,10 @@ class ModelRunner:
         self._prefill, self._decode = load_graphs(folder, self.manifest, self._library, cache_dtype)
         share_weights(self._prefill, self._decode)
         m = self.manifest
-        shape = (m.num_layers * self.num_blocks, m.block_size, m.num_kv_heads, m.head_dim)
+        shape = (m.num_layers * self.num_blocks, m.block_size, m.num_kv_heads, m.cache_width(cache_dtype))
+        numbers = bfloat16 if cache_dtype == "bfloat16" else cache_dtype
         try:
-            self._key_cache, self._value_cache = (np.zeros(shape, dtype=cache_dtype) for _ in range(2))
+            self._key_cache, self._value_cache = (np.zeros(shape, dtype=numbers) for _ in range(2))
         except MemoryError:
             raise ManifestError(f"cache_memory: this machine does not give {cache_bytes} bytes; choose less") from None
         # Tensors on the arrays' own memory: what a graph or the host writes, both see
@@ -139,7 +143,7 @@ def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
     Raises:
         ManifestError: not even one beside the null block and one for the start-up proof.
     """
-    block_bytes = manifest.cache_block_bytes(ITEM_SIZES[cache_dtype])
+    block_bytes = manifest.cache_block_bytes(cache_dtype)
     blocks = cache_bytes // block_bytes
     if blocks < 3:
         raise ManifestError(f"cache_memory: {cache_bytes} bytes hold {blocks} blocks; give at least {3 * block_bytes}")
@@ -214,13 +218,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:
     """The graphs' inputs as the manifest lists them, the cache in the dtype that was chosen."""
-    return [
-        Tensor(
-            shape=[None if size < 0 else size for size in tensor.shape],
-            dtype=getattr(ms, cache_dtype if tensor.name.endswith("_cache") else tensor.dtype),
-        )
-        for tensor in manifest.inputs
-    ]
+
+    def placeholder(tensor: GraphTensor) -> Tensor:
+        shape: list[int | None] = [None if size < 0 else size for size in tensor.shape]
+        if not tensor.name.endswith("_cache"):
+            return Tensor(shape=shape, dtype=getattr(ms, tensor.dtype))
+        return Tensor(shape=[*shape[:-1], manifest.cache_width(cache_dtype)], dtype=getattr(ms, cache_dtype))
+
+    return [placeholder(tensor) for tensor in manifest.inputs]
 
 
 def share_weights(first: nn.GraphCell, second: nn.GraphCell) -> None:

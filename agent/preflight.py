@@ -12,7 +12,6 @@ from config.secret_file import SecretError, read_secret
 from config.serving_config import ModelConfig, ServingConfig
 
 MIN_BLOCKS = 3  # the null block, and two for the proof that prefill and decode share a cache
-_CACHE_ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
 class LaunchError(Exception):
@@ -50,7 +49,11 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
             "agent_ports",
             f"{model.path} is exported for {manifest.world_size} rank(s), so it needs as many, not {ports}",
         )
-    block_bytes = manifest.cache_block_bytes(_CACHE_ITEM_BYTES[model.cache_dtype])
+    try:
+        manifest.check_cache_dtype(model.cache_dtype)
+    except ManifestError as error:
+        yield "cache_dtype", str(error)
+    block_bytes = manifest.cache_block_bytes(model.cache_dtype)
     if model.cache_bytes < MIN_BLOCKS * block_bytes:
         yield "cache_memory", f"{model.cache_memory} holds fewer than {MIN_BLOCKS} blocks of {block_bytes} bytes"
 

@@ -15,6 +15,9 @@ from config.serving_config import Target, WeightFormat
 
 MANIFEST_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4  # of int8, behind each token's numbers of a head: the float32 that they are to be multiplied by
+HOST_CACHE_DTYPES = ("float32", "float16")  # what standard operators can take
 
 
 class ManifestError(ValueError):
@@ -72,9 +75,26 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     outputs: tuple[GraphTensor, ...] = ()
     files: dict[str, str] = {}  # name → SHA-256, of every file beside this one
 
-    def cache_block_bytes(self, itemsize: int) -> int:
-        """Bytes of keys and values that one block takes over all layers, with ``itemsize`` bytes a number."""
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * itemsize
+    def cache_width(self, dtype: str) -> int:
+        """The last axis of a cache of this dtype: a head's numbers and, in int8, their scale."""
+        return self.head_dim + (SCALE_BYTES if dtype == "int8" else 0)
+
+    def cache_block_bytes(self, dtype: str) -> int:
+        """Bytes of keys and values that one block takes over all layers in a cache of this dtype."""
+        numbers = 2 * self.num_layers * self.block_size * self.num_kv_heads * self.cache_width(dtype)
+        return numbers * CACHE_ITEM_BYTES[dtype]
+
+    def check_cache_dtype(self, dtype: str) -> None:
+        """See that the model runs with such a cache.
+
+        Raises:
+            ManifestError: it does not.
+        """
+        if self.cache_write == "host" and dtype not in HOST_CACHE_DTYPES:
+            raise ManifestError(
+                f"{self.name} was exported with standard operators, whose cache is {' or '.join(HOST_CACHE_DTYPES)}, "
+                f"not {dtype}; export it with C++ operators, or choose one of these"
+            )
 
     def digest(self) -> str:
         """SHA-256 of all that the ranks of one export share: what ``Hello.manifest_digest`` says."""

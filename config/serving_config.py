@@ -20,7 +20,7 @@ import yaml
 
 Target = Literal["cpu", "ascend", "standin"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
-CacheDtype = Literal["float32", "float16"]
+CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]

@@ -10,9 +10,10 @@
 
 namespace native {
 
-// A format's head(dim) numbers are what one token has of one key/value head: dim numbers and, if kScaled, what they are to be
+// A format's name is MindSpore's; its head(dim) numbers are what one token has of one key/value head: dim numbers and, if kScaled, what they are to be
 // multiplied by.
 struct Float32 {
+  static constexpr const char *kName = "float32";
   using Number = float;
   static constexpr bool kScaled = false;
   static int64_t head(int64_t dim) { return dim; }
@@ -23,6 +24,7 @@ struct Float32 {
 };
 
 struct Float16 {
+  static constexpr const char *kName = "float16";
   using Number = _Float16;
   static constexpr bool kScaled = false;
   static int64_t head(int64_t dim) { return dim; }
@@ -31,6 +33,54 @@ struct Float16 {
   static float scale(const Number *, int64_t) { return 1.f; }
   static void write(const float *x, int64_t dim, Number *to) {
     for (int64_t i = 0; i < dim; ++i) to[i] = static_cast<Number>(x[i]);
+  }
+};
+
+struct BFloat16 {
+  static constexpr const char *kName = "bfloat16";
+  using Number = uint16_t;
+  static constexpr bool kScaled = false;
+  static int64_t head(int64_t dim) { return dim; }
+  static lanes::Lanes load(const Number *from) { return lanes::load_bfloat16(from); }
+  static float one(Number x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  static float scale(const Number *, int64_t) { return 1.f; }
+  static void write(const float *x, int64_t dim, Number *to) {
+    for (int64_t i = 0; i < dim; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof(bits));
+      const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
+      to[i] = static_cast<Number>(x[i] != x[i] ? bits >> 16 | 0x40 : nearest);
+    }
+  }
+};
+
+// Whole numbers up to 127, then the f32 that they are to be multiplied by.
+struct Int8 {
+  static constexpr const char *kName = "int8";
+  using Number = int8_t;
+  static constexpr bool kScaled = true;
+  static int64_t head(int64_t dim) { return dim + static_cast<int64_t>(sizeof(float)); }
+  static lanes::Lanes load(const Number *from) { return lanes::load(from); }
+  static float one(Number x) { return x; }
+  static float scale(const Number *head, int64_t dim) {
+    float value;
+    std::memcpy(&value, head + dim, sizeof(value));
+    return value;
+  }
+  static void write(const float *x, int64_t dim, Number *to) {
+    float largest = 0.f;
+    for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::fabs(x[i]));
+    const float scale = largest / 127.f, inverse = scale > 0.f ? 1.f / scale : 0.f;
+    for (int64_t i = 0; i < dim; ++i) {
+      const float bounded = std::max(-127.f, std::min(127.f, x[i] * inverse));  // in range also for what is no number
+      to[i] = static_cast<Number>(static_cast<int32_t>(bounded + (bounded < 0.f ? -0.5f : 0.5f)));
+    }
+    std::memcpy(to + dim, &scale, sizeof(scale));
   }
 };
 

@@ -2,8 +2,9 @@
 //
 // Inputs: 0 qkv f32 [T, (H + 2K) * D]; 1 cos_sin f32 [T, D] (cosines, then sines, of D/2 pairs); 2 slot_mapping i32 [T]
 // (negative: the token is padding, nothing is written); 3 block_tables i32 [R, M]; 4 query_lens i32 [R]; 5 context_lens i32
-// [R]; 6 key_cache and 7 value_cache [layers * N, B, K, D], f32 or f16, written in place; 8 constants f32 [5 + 2 * D or 5]:
-// layer, layers, H, K, eps, then weights of the query's and the key's norm if the network has them.
+// [R]; 6 key_cache and 7 value_cache [layers * N, B, K, D], f32, f16 or bf16, or i8 [layers * N, B, K, D + 4] (D numbers, then
+// the f32 that they are to be multiplied by), written in place; 8 constants f32 [5 + 2 * D or 5]: layer, layers, H, K, eps, then
+// weights of the query's and the key's norm if the network has them.
 // Output: f32 [T, H * D].
 //
 // A row's tokens stand one after another; its last query_lens tokens of context_lens are new. Sums are f32.
@@ -148,7 +149,7 @@ Call checked(const Arguments &a) {
   c.rows = a.dim(3, 0);
   c.table_width = a.dim(3, 1);
   c.block_size = a.dim(6, 1);
-  c.dim = a.dim(6, 3);
+  c.dim = a.dim(1, 1);
   require(c.block_size > 0, "blocks hold no token");
   require(c.kv_heads > 0 && c.heads % c.kv_heads == 0, "query heads are not a multiple of key/value heads");
   require(c.groups() <= kMaxGroups, "more than 64 query heads share a key/value head");
@@ -159,7 +160,6 @@ Call checked(const Arguments &a) {
   if (c.norms) a.expect_dim(8, 0, 5 + 2 * c.dim);
   a.expect_dim(0, 1, c.qkv_width());
   a.expect_dim(1, 0, c.tokens);
-  a.expect_dim(1, 1, c.dim);
   a.expect_dim(2, 0, c.tokens);
   a.expect_dim(4, 0, c.rows);
   a.expect_dim(5, 0, c.rows);
@@ -190,6 +190,15 @@ void check_indices(const Call &c) {
     require(c.slots[t] < c.blocks * c.block_size, "slot " + std::to_string(c.slots[t]) + " is beyond the cache");
 }
 
+// Runs the call if its caches have this format.
+template <typename Format>
+bool run_if(const Arguments &a, const Call &c) {
+  if (!a.is(6, Format::kName) || !a.is(7, Format::kName)) return false;
+  a.expect_dim(6, 3, Format::head(c.dim));
+  run<Format>(c);
+  return true;
+}
+
 }  // namespace
 }  // namespace native
 
@@ -199,11 +208,7 @@ extern "C" int PagedAttention(int count, void **pointers, int *ranks, int64_t **
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     const Call c = checked(a);
     check_indices(c);
-    if (a.is(6, "float32") && a.is(7, "float32")) {
-      run<Float32>(c);
-    } else {
-      require(a.is(6, "float16") && a.is(7, "float16"), "the caches must both be float32 or float16");
-      run<Float16>(c);
-    }
+    const bool taken = run_if<Float32>(a, c) || run_if<Float16>(a, c) || run_if<BFloat16>(a, c) || run_if<Int8>(a, c);
+    require(taken, "the caches must both be float32, float16, bfloat16 or int8");
   });
 }

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from kernels import library
 
+DTYPES = {"uint16": "bfloat16"}  # which numpy does not have
+
 
 class OperatorError(RuntimeError):
     """The operator refused its arguments."""
@@ -24,7 +26,7 @@ class NativeLibrary:
         self._handle = ctypes.CDLL(str(self.own.file))
 
     def call(self, name: str, inputs: Sequence[NDArray[Any]], output_shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Run operator ``name``; inputs must be contiguous, and may be written to."""
+        """Run operator ``name``; inputs must be contiguous, and may be written to. An array of uint16 is bfloat16."""
         (output,) = self.call_all(name, inputs, output_shape)
         return output
 
@@ -42,7 +44,7 @@ class NativeLibrary:
             (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
             (ctypes.c_int * count)(*(array.ndim for array in arrays)),
             (ctypes.POINTER(ctypes.c_int64) * count)(*(ctypes.cast(s, ctypes.POINTER(ctypes.c_int64)) for s in shapes)),
-            (ctypes.c_char_p * count)(*(array.dtype.name.encode() for array in arrays)),
+            (ctypes.c_char_p * count)(*(DTYPES.get(array.dtype.name, array.dtype.name).encode() for array in arrays)),
             None,
             None,
         )

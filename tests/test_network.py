@@ -15,6 +15,7 @@ from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny, write_tiny_gguf
 from agent import model_runner
 from agent.model_runner import ModelRunner
 from agent.runner import RunnerBroken
+from config.manifest import ManifestError
 from config.serving_config import WeightFormat
 from kernels import library
 from models.export import ExportOptions, Operators, choose_operators
@@ -142,15 +143,30 @@ def assert_similar(runner: ModelRunner, model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("operators", OPERATORS)
-def test_a_half_precision_cache_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
+def test_the_cache_dtype_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
     model = write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", operators)
-    full, half = (open_runner(tmp_path / "exported", dtype) for dtype in ("float32", "float16"))
-    assert half.num_blocks == 2 * full.num_blocks
-    row = Row([3, 1], random_tokens(6, 10))
-    expected = reference_logits(model, row.tokens)
-    half.run(step([row], [9], BLOCK_SIZE))
-    assert largest_difference(half.run(step([row], [1], BLOCK_SIZE)).values, expected[9:]) < 0.05
+    tokens = random_tokens(6, 10)
+    expected = reference_logits(model, tokens)
+    blocks = open_runner(tmp_path / "exported").num_blocks
+    narrow = {
+        "float16": 2.0,
+        **({"bfloat16": 2.0, "int8": 3.2} if operators == "native" else {}),
+    }  # 16 numbers and a scale
+    for dtype, times in narrow.items():
+        runner = open_runner(tmp_path / "exported", dtype)
+        assert runner.num_blocks == int(times * blocks)
+        row = Row([3, 1], tokens)
+        runner.run(step([row], [9], BLOCK_SIZE))
+        decoded = runner.run(step([row], [1], BLOCK_SIZE)).values
+        assert largest_difference(decoded, expected[9:]) < 0.1, dtype
+
+
+def test_standard_operators_refuse_a_cache_that_they_cannot_write(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported", "portable")
+    with pytest.raises(ManifestError, match="whose cache is float32 or float16, not int8"):
+        open_runner(tmp_path / "exported", "int8")
 
 
 def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

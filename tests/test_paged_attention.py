@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_call import NativeLibrary, OperatorError
+from native_call import DTYPES, NativeLibrary, OperatorError
 from operator_reference import EPS, Array, assert_close, normal, rms_norm
 
 from kernels import library
@@ -17,6 +17,27 @@ from kernels import library
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
 many = settings(max_examples=60, deadline=None)
+ROUNDING = {"float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3, "int8": 4e-3}  # of a number in the cache
+
+
+def encoded(x: Array, dtype: str) -> Array:
+    """Numbers ``[..., D]`` as a cache of ``dtype`` holds them; bfloat16 as uint16."""
+    if dtype == "bfloat16":
+        bits = x.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    if dtype == "int8":
+        scale = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float32)
+        return np.concatenate([np.rint(x / scale).astype(np.int8), scale.view(np.int8)], axis=-1)
+    return x.astype(dtype)
+
+
+def decoded(cache: Array) -> Array:
+    """What ``encoded`` wrote, in f64."""
+    if cache.dtype == np.uint16:
+        cache = (cache.astype(np.uint32) << 16).view(np.float32)
+    elif cache.dtype == np.int8:
+        cache = cache[..., :-4] * cache[..., -4:].copy().view(np.float32).astype(np.float64)
+    return cache.astype(np.float64)
 
 
 @dataclass
@@ -39,7 +60,7 @@ class Step:
 
     @property
     def output_shape(self) -> tuple[int, int]:
-        return self.qkv.shape[0], int(self.constants[2]) * self.key_cache.shape[3]
+        return self.qkv.shape[0], int(self.constants[2]) * self.cos_sin.shape[1]
 
 
 @dataclass(frozen=True)
@@ -80,86 +101,101 @@ def make_step(shape: Shape, lengths: list[tuple[int, int]], seed: int, dtype: st
         tables=tables,
         query_lens=np.array([new for _, new in lengths], dtype=np.int32),
         context_lens=np.array([cached + new for cached, new in lengths], dtype=np.int32),
-        key_cache=normal(seed + 1, *cache).astype(dtype),
-        value_cache=normal(seed + 2, *cache).astype(dtype),
+        key_cache=encoded(normal(seed + 1, *cache), dtype),
+        value_cache=encoded(normal(seed + 2, *cache), dtype),
         constants=np.array(constants, dtype=np.float32),
     )
 
 
-def expected_attention(step: Step, shape: Shape) -> tuple[Array, Array, Array]:
-    """The output and both caches afterwards, computed token by token in f64."""
-    keys, values = step.key_cache.astype(np.float64), step.value_cache.astype(np.float64)
-    first = keys.shape[0] // 2 * shape.block_size
-    flat_keys, flat_values = (cache.reshape(-1, shape.kv_heads, shape.dim) for cache in (keys, values))
-    tokens = step.qkv.shape[0]
-    q, k, v = np.split(
-        step.qkv.astype(np.float64).reshape(tokens, -1, shape.dim), [shape.heads, shape.heads + shape.kv_heads], axis=1
-    )
+def rotated(step: Step, x: Array) -> Array:
+    """``x [T, heads, D]`` at the tokens' positions."""
+    cos, sin = (part[:, None] for part in np.split(step.cos_sin.astype(np.float64), 2, axis=1))
+    a, b = np.split(x, 2, axis=2)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+
+
+def prepared(step: Step, shape: Shape) -> tuple[Array, Array, Array]:
+    """The tokens' queries, keys and values ``[T, heads, D]`` as attention takes them, in f64."""
+    heads = step.qkv.astype(np.float64).reshape(step.qkv.shape[0], -1, shape.dim)
+    q, k, v = np.split(heads, [shape.heads, shape.heads + shape.kv_heads], axis=1)
     if shape.norms:
         q_weight, k_weight = np.split(step.constants[5:], 2)
         q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
-    cos, sin = (part[:, None] for part in np.split(step.cos_sin.astype(np.float64), 2, axis=1))
+    return rotated(step, q), rotated(step, k), v
 
-    def rotate(x: Array) -> Array:
-        a, b = np.split(x, 2, axis=2)
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
 
+def expected_caches(step: Step, shape: Shape) -> list[Array]:
+    """Both caches after the step, before what is written is rounded. To be called before the step."""
+    _, *fresh = prepared(step, shape)
+    caches = [decoded(step.key_cache), decoded(step.value_cache)]
+    first = step.key_cache.shape[0] // 2 * shape.block_size
     written = step.slots >= 0
-    flat_keys[first + step.slots[written]] = rotate(k)[written]
-    flat_values[first + step.slots[written]] = v[written]
-    q, out, token = rotate(q), np.zeros((tokens, shape.heads, shape.dim)), 0
+    for cache, new in zip(caches, fresh, strict=True):
+        cache.reshape(-1, shape.kv_heads, shape.dim)[first + step.slots[written]] = new[written]
+    return caches
+
+
+def expected_attention(step: Step, shape: Shape, caches: list[Array]) -> Array:
+    """The output over caches that hold the step's keys and values, token by token in f64."""
+    q, _, _ = prepared(step, shape)
+    keys, values = (cache.reshape(-1, shape.kv_heads, shape.dim) for cache in caches)
+    first = step.key_cache.shape[0] // 2 * shape.block_size
+    out, token = np.zeros_like(q), 0
     for row, new in enumerate(step.query_lens):
         for i in range(new):
             context = np.arange(step.context_lens[row] - new + i + 1)
-            slots = (
-                first + step.tables[row, context // shape.block_size] * shape.block_size + context % shape.block_size
-            )
+            blocks = step.tables[row, context // shape.block_size]
+            slots = first + blocks * shape.block_size + context % shape.block_size
             for head in range(shape.heads):
                 kv_head = head // (shape.heads // shape.kv_heads)
-                scores = flat_keys[slots, kv_head] @ q[token, head] / np.sqrt(shape.dim)
+                scores = keys[slots, kv_head] @ q[token, head] / np.sqrt(shape.dim)
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights @ flat_values[slots, kv_head] / weights.sum()
+                out[token, head] = weights @ values[slots, kv_head] / weights.sum()
             token += 1
-    return out.reshape(tokens, -1), keys, values
+    return out.reshape(q.shape[0], -1)
+
+
+def run(native: NativeLibrary, step: Step) -> Array:
+    return native.call("PagedAttention", step.arguments, step.output_shape)
+
+
+def check(native: NativeLibrary, step: Step, shape: Shape) -> None:
+    """Run the step; see that it wrote what it had to, and attended to what it then found in the cache."""
+    dtype = DTYPES.get(step.key_cache.dtype.name, step.key_cache.dtype.name)
+    expected = expected_caches(step, shape)
+    actual = run(native, step)
+    caches = [decoded(step.key_cache), decoded(step.value_cache)]
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert_close(cache, wanted, ROUNDING[dtype])
+    assert_close(actual, expected_attention(step, shape, caches))
 
 
 @many
-@given(shape=shapes, lengths=rows, seed=st.integers(0, 999), dtype=st.sampled_from(["float32", "float16"]))
+@given(shape=shapes, lengths=rows, seed=st.integers(0, 999), dtype=st.sampled_from(list(ROUNDING)))
 def test_paged_attention(
     native: NativeLibrary, shape: Shape, lengths: list[tuple[int, int]], seed: int, dtype: str
 ) -> None:
-    step = make_step(shape, lengths, seed, dtype)
-    expected, keys, values = expected_attention(step, shape)
-    actual = native.call("PagedAttention", step.arguments, step.output_shape)
-    tolerance = 2e-5 if dtype == "float32" else 5e-3
-    assert_close(actual, expected, tolerance)
-    assert_close(step.key_cache, keys, tolerance)
-    assert_close(step.value_cache, values, tolerance)
+    check(native, make_step(shape, lengths, seed, dtype), shape)
 
 
-def test_a_long_context_and_a_long_prompt(native: NativeLibrary) -> None:
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_long_context_and_a_long_prompt(native: NativeLibrary, dtype: str) -> None:
     shape = Shape(heads=9, kv_heads=3, dim=64, block_size=16, norms=False)
-    step = make_step(shape, [(3000, 1), (0, 300), (700, 130)], seed=5)
-    expected, _, _ = expected_attention(step, shape)
-    assert_close(native.call("PagedAttention", step.arguments, step.output_shape), expected)
+    step = make_step(shape, [(3000, 1), (0, 300), (700, 130)], 5, dtype)
+    check(native, step, shape)
 
 
 def test_a_prompt_of_full_tiles_and_one_token_more(native: NativeLibrary) -> None:
     shape = Shape(heads=10, kv_heads=2, dim=8, block_size=4, norms=False)  # tiles of 25 tokens
     step = make_step(shape, [(0, 26), (70, 51)], seed=7)
-    expected, _, _ = expected_attention(step, shape)
-    assert_close(native.call("PagedAttention", step.arguments, step.output_shape), expected)
+    check(native, step, shape)
 
 
 def test_padding_is_not_written(native: NativeLibrary) -> None:
     shape = Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=True)
     step = make_step(shape, [(5, 2), (0, 3)], seed=1)
     step.slots[:2] = -1
-    expected, keys, values = expected_attention(step, shape)
-    actual = native.call("PagedAttention", step.arguments, step.output_shape)
-    assert_close(step.key_cache, keys)
-    assert_close(step.value_cache, values)
-    assert_close(actual[2:], expected[2:])
+    check(native, step, shape)
 
 
 WRONG: dict[str, tuple[str, Any]] = {
@@ -180,11 +216,7 @@ def test_attention_refuses_what_it_would_read_beyond(native: NativeLibrary, mess
     field, change = WRONG[message]
     change(getattr(step, field))
     with pytest.raises(OperatorError, match=message):
-        native.call("PagedAttention", step.arguments, step.output_shape)
-
-
-def outputs(native: NativeLibrary, step: Step) -> Array:
-    return native.call("PagedAttention", step.arguments, step.output_shape)
+        run(native, step)
 
 
 def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_there_are() -> None:
@@ -193,9 +225,9 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_
     lengths = [(2500, 1), (0, 150), (1500, 40), (130, 1)]
     step = make_step(shape, lengths, seed=3)
     native.own.set_threads(1)
-    alone = outputs(native, step)
+    alone = run(native, step)
     native.own.set_threads(4)
-    np.testing.assert_array_equal(outputs(native, step), alone)
+    np.testing.assert_array_equal(run(native, step), alone)
     first = 0
     for row, (_, new) in enumerate(lengths):
         tokens = slice(first, first + new)
@@ -210,13 +242,34 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_
             value_cache=step.value_cache,
             constants=step.constants,
         )
-        np.testing.assert_array_equal(outputs(native, one), alone[tokens])
+        np.testing.assert_array_equal(run(native, one), alone[tokens])
         first += new
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int16"])
+def test_other_caches_are_refused(native: NativeLibrary, dtype: str) -> None:
+    step = make_step(Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=False), [(4, 5)], seed=2)
+    step.key_cache, step.value_cache = step.key_cache.astype(dtype), step.value_cache.astype(dtype)
+    with pytest.raises(OperatorError, match="the caches must both be float32, float16, bfloat16 or int8"):
+        run(native, step)
+
+
+def test_a_cache_of_another_width_is_refused(native: NativeLibrary) -> None:
+    step = make_step(Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=False), [(4, 5)], 2, "int8")
+    step.key_cache, step.value_cache = (cache[..., :8].copy() for cache in (step.key_cache, step.value_cache))
+    with pytest.raises(OperatorError, match="argument 6 has 8 instead of 12 on axis 3"):
+        run(native, step)
+
+
+def test_keys_and_values_of_zeros_have_a_scale_of_zero(native: NativeLibrary) -> None:
+    shape = Shape(heads=2, kv_heads=1, dim=6, block_size=4, norms=False)
+    step = make_step(shape, [(3, 4)], 2, "int8")
+    step.qkv[:] = 0
+    check(native, step, shape)
 
 
 def test_rows_without_new_tokens_are_skipped(native: NativeLibrary) -> None:
     shape = Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=False)
     step = make_step(shape, [(5, 2), (9, 0), (0, 1)], seed=4)
     step.tables[1] = 10_000  # of a row that is not read
-    expected, _, _ = expected_attention(step, shape)
-    assert_close(outputs(native, step), expected)
+    check(native, step, shape)
