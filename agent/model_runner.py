@@ -31,7 +31,7 @@ from models import mindir
 
 MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
-# Of the start-up proof, relative to the largest logit: a sum in another order may round a number in the cache the other way
+# Of the start-up proof, relative to the largest logit: sums in another order may round what is cached differently
 LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2, "int8": 5e-2}
 ROUNDED_TOLERANCE = 5e-2  # the same where activations are rounded, as they are for packed weights
 

@@ -10,8 +10,8 @@
 
 namespace native {
 
-// A format's name is MindSpore's; its head(dim) numbers are what one token has of one key/value head: dim numbers and, if kScaled, what they are to be
-// multiplied by.
+// A format's name is MindSpore's; its head(dim) numbers are what one token has of one key/value head: dim numbers and, if
+// kScaled, what they are to be multiplied by.
 struct Float32 {
   static constexpr const char *kName = "float32";
   using Number = float;

@@ -4,8 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes the header's undefined vectors for a mistake
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace native {
@@ -35,11 +39,12 @@ inline Vector read(const void *from) {
 
 inline Lanes load(const float *from) { return read<Lanes>(from); }
 
+// Widening conversions are spelt out where GCC does not find the one instruction.
 inline Lanes load(const _Float16 *from) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))));
+  return reinterpret_cast<Lanes>(_mm512_cvtph_ps(read<__m256i>(from)));
 #elif defined(__F16C__) && defined(__AVX2__)
-  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(read<__m128i>(from)));
 #else
   typedef _Float16 Numbers __attribute__((vector_size(kLanes * sizeof(_Float16))));
   return __builtin_convertvector(read<Numbers>(from), Lanes);
@@ -47,11 +52,24 @@ inline Lanes load(const _Float16 *from) {
 }
 
 inline Lanes load_bfloat16(const uint16_t *from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16));
+#else
   return reinterpret_cast<Lanes>(__builtin_convertvector(read<Halves>(from), Words) << 16);
+#endif
 }
 
 inline Lanes load(const int8_t *from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from))));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+  return reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
   return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Ints), Lanes);
+#endif
 }
 
 inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof(v)); }

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def extra_flags() -> tuple[str, ...]:
+    """What ``CXXFLAGS`` adds; a library built with other flags is another library."""
+    return tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
+
+
 def cpu_flags() -> tuple[str, ...]:
     """Let the compiler use this machine's instructions: the library never leaves it."""
     return ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
@@ -41,7 +47,7 @@ def cpu_flags() -> tuple[str, ...]:
 
 def path() -> Path:
     """Where the library of these sources, this compiler and this CPU belongs, built or not."""
-    digest = hashlib.sha256(" ".join((compiler() or "", *FLAGS, *cpu_flags(), cpu_name())).encode())
+    digest = hashlib.sha256(" ".join((compiler() or "", *FLAGS, *cpu_flags(), *extra_flags(), cpu_name())).encode())
     for source in sources():
         digest.update(source.read_bytes())
     return FOLDER / f"libnative-{digest.hexdigest()[:16]}.so"
@@ -78,7 +84,10 @@ def build() -> Path:
         output = Path(scratch) / target.name
         files = [str(source) for source in sources() if source.suffix == ".cc"]
         done = subprocess.run(
-            [command, *FLAGS, *cpu_flags(), *files, "-o", str(output)], capture_output=True, text=True, check=False
+            [command, *FLAGS, *cpu_flags(), *extra_flags(), *files, "-o", str(output)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise BuildError(f"{command} failed; GCC 12 or clang is known to do\n{done.stderr.strip()}")

@@ -140,6 +140,7 @@ Call checked(const Arguments &a) {
   c.values = a.raw(7);
   require(a.rank(6) == 4 && a.rank(7) == 4, "the caches must have rank 4");
   require(a.dim(8, 0) >= 5, "constants are missing");
+  for (int i = 0; i < 4; ++i) require(constants[i] >= 0.f && constants[i] < 1e6f, "constants are not counts");
   const auto layers = static_cast<int64_t>(constants[1]);
   c.layer = static_cast<int64_t>(constants[0]);
   c.heads = static_cast<int64_t>(constants[2]);
@@ -151,7 +152,7 @@ Call checked(const Arguments &a) {
   c.block_size = a.dim(6, 1);
   c.dim = a.dim(1, 1);
   require(c.block_size > 0, "blocks hold no token");
-  require(c.kv_heads > 0 && c.heads % c.kv_heads == 0, "query heads are not a multiple of key/value heads");
+  require(c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0, "query heads are not a multiple of key/value heads");
   require(c.groups() <= kMaxGroups, "more than 64 query heads share a key/value head");
   require(c.dim % 2 == 0 && c.dim > 0 && c.dim <= kMaxHeadDim, "head size must be even and at most 256");
   require(layers > 0 && c.layer >= 0 && c.layer < layers && a.dim(6, 0) % layers == 0, "layer or cache size is wrong");

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 EPS = 1e-5
+many = settings(max_examples=int(os.environ.get("OPERATOR_EXAMPLES", "60")), deadline=None)
 
 
 def normal(seed: int, *shape: int) -> Array:

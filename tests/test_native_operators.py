@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native_call import NativeLibrary, OperatorError
-from operator_reference import EPS, assert_close, normal, rms_norm
+from operator_reference import EPS, assert_close, many, normal, rms_norm
 
 from kernels import library
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
 sizes = st.integers(1, 70)
-many = settings(max_examples=60, deadline=None)
 
 
 @many
