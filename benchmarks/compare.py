@@ -101,6 +101,8 @@ class Run:
             for other in self.series:
                 if other is not running:
                     pauses.enter_context(other.server.paused())
+            if running is not None:
+                running.server.wait()  # after a long pause it looks whether its parts are still there
             yield
 
 
