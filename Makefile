@@ -1,14 +1,15 @@
 # make serve        everything from a fresh clone to a served model: environment, default model, export, agents, app
 # make test         the tests, ten minutes at most       make test-full   the slow rest
 # make lint         format, lint and type checks         make clean       forget environment, exports and logs
-# make bench        how fast the server is here, in three minutes; PEERS=DIR make bench compares it with vLLM and llama.cpp,
-#                   which benchmarks/peers.sh setup DIR installs
+# make bench        how fast the server is here, in three minutes. make bench PEERS=output/peers compares it with vLLM and
+#                   llama.cpp in eight, once benchmarks/peers.sh setup output/peers has installed them
 #
 # CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
 # WEIGHTS=float32 make serve              another format of the default model's weights: python -m models.export --help
 
 SHELL := /bin/bash
 CONFIG ?= config/smollm2_cpu.yaml
+PEERS ?=
 WEIGHTS ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
   $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; exit; }; done)
@@ -32,7 +33,7 @@ export: $(VENV)/.ready
 	@$(RUN) -m kernels.library
 	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export --weights $(WEIGHTS)
 
-bench: $(VENV)/.ready-test export
+bench: $(VENV)/.ready-bench export
 	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
 test: $(VENV)/.ready-test
@@ -67,6 +68,10 @@ $(VENV)/.ready: setup.py constraints.txt | $(VENV)/bin/python
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "== Packages for the tests (PyTorch is the large one; it is only a reference to compare with)"
 	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 clean:

@@ -132,14 +132,20 @@ class Exchange(asyncio.Protocol):
     async def ask(self, request: bytes) -> tuple[float, list[Piece]]:
         """When the request was sent, and the pieces of its answer with their times."""
         assert self._transport is not None
-        self._ended, self._pieces = asyncio.get_running_loop().create_future(), []
+        ended = self.expect()
         sent = time.perf_counter()
         self._transport.write(request)
-        await asyncio.wait_for(self._ended, ANSWER_SECONDS)
+        await asyncio.wait_for(ended, ANSWER_SECONDS)
         return sent, self._pieces
+
+    def expect(self) -> asyncio.Future[None]:
+        """Begin a new answer; the future is done when it has ended."""
+        self._ended, self._pieces = asyncio.get_running_loop().create_future(), []
+        return self._ended
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append((time.perf_counter(), data))
+        # The end itself may come in pieces
         refused = len(self._pieces) == 1 and not data.startswith(b"HTTP/1.1 200")
         end = data if len(data) >= len(END) else b"".join(piece for _, piece in self._pieces[-len(END) :])
         if refused:
