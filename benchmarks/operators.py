@@ -29,9 +29,9 @@ Kind = gguf.GGMLQuantizationType
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
-TOKENS = (1, 8, 32, 256)
+TOKENS, HEAD_TOKENS = (1, 8, 32, 256), (1, 8, 32)  # a head sees only the last token of each row
 DECODE = ((1, 100), (1, 1000), (1, 4000), (8, 100), (8, 1000), (8, 4000), (32, 200))  # rows, context of each
-PREFILL = (100, 1000, 4000)  # tokens of one row
+PREFILL = (100, 1000)  # tokens of one row
 COLD_BYTES = 256 << 20  # in copies, together: more than a CPU's cache
 PASSES = 5
 
@@ -117,12 +117,12 @@ def linear_lines(opened: Library, formats: Sequence[str]) -> Iterator[Timed]:
         for name in formats:
             weight = weight_of(operator, WEIGHT_FORMATS[name])
             weights = [weight.copy() for _ in range(max(1, COLD_BYTES // weight.nbytes))]
-            for tokens in TOKENS:
+            for tokens in HEAD_TOKENS if operator.name == "Head" else TOKENS:
                 outputs = [np.empty(shape, dtype=np.float32) for shape in operator.outputs(tokens)]
                 calls = [
                     Call(opened, operator.name, [*operator.inputs(tokens, w, operator), *outputs]) for w in weights
                 ]
-                seconds = fastest(calls if tokens < 256 else calls[:8])
+                seconds = fastest(calls if tokens < 256 else calls[:4])
                 flops = 2.0 * tokens * operator.rows * operator.columns
                 yield Timed(operator.label, name, str(tokens), seconds, weight.nbytes, flops)
 
@@ -134,7 +134,7 @@ def attention_lines(opened: Library, formats: Sequence[str]) -> Iterator[Timed]:
         for rows, context, new in cases:
             blocks = rows * -(-context // BLOCK) + 1
             layer_bytes = 2 * blocks * BLOCK * KV_HEADS * HEAD_DIM * np.dtype(name).itemsize
-            layers = min(LAYERS, max(2, COLD_BYTES // layer_bytes))
+            layers = min(LAYERS if new == 1 else 2, max(2, COLD_BYTES // layer_bytes))
             calls = attention_calls(opened, name, rows, context, new, blocks, layers)
             label = f"{rows} x 1 at {context}" if new == 1 else f"1 x {new}"
             pairs = rows * (new * context - new * (new - 1) / 2)  # of a query with a key
