@@ -90,6 +90,12 @@ def residual_inputs(tokens: int, weight: Array, operator: Operator) -> list[Arra
     return [numbers(tokens, operator.rows), numbers(tokens, operator.columns), weight]
 
 
+def head_inputs(tokens: int, weight: Array, operator: Operator) -> list[Array]:
+    """Of the head, which is asked for the logits of every token."""
+    x, norm, _ = norm_inputs(tokens, weight, operator)
+    return [x, np.arange(tokens, dtype=np.int32), norm, weight]
+
+
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 OPERATORS = (
     Operator("NormLinear", "norm, qkv", QKV, HIDDEN, norm_inputs, lambda t: [(t, QKV)]),
@@ -98,7 +104,7 @@ OPERATORS = (
         "NormGatedLinear", "norm, gate/up, SwiGLU", 2 * INTERMEDIATE, HIDDEN, norm_inputs, lambda t: [(t, INTERMEDIATE)]
     ),
     Operator("ResidualLinear", "down, residual", HIDDEN, INTERMEDIATE, residual_inputs, lambda t: [(t, HIDDEN)]),
-    Operator("Head", "norm, head", VOCABULARY, HIDDEN, norm_inputs, lambda t: [(t, VOCABULARY), (t, VOCABULARY // 64)]),
+    Operator("Head", "norm, head", VOCABULARY, HIDDEN, head_inputs, lambda t: [(t, VOCABULARY), (t, VOCABULARY // 64)]),
 )
 
 
