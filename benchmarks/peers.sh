@@ -58,8 +58,14 @@ PY
 }
 
 setup_llamacpp() {
-  # Everything that the CPU has, but AMX: its kernels end in an illegal instruction on some virtual machines
-  export CMAKE_ARGS=${LLAMACPP_CMAKE_ARGS:--DGGML_NATIVE=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF}
+  # Everything that the CPU has, but AMX: its kernels end in an illegal instruction on some virtual machines. A CPU that has it
+  # has AVX-512 with bfloat16 too, so there the list is made by hand
+  local flags=-DGGML_NATIVE=ON feature
+  if grep -qsw avx512_bf16 /proc/cpuinfo; then
+    flags=-DGGML_NATIVE=OFF
+    for feature in AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16; do flags+=" -DGGML_$feature=ON"; done
+  fi
+  export CMAKE_ARGS=${LLAMACPP_CMAKE_ARGS:-$flags}
   environment llamacpp --no-cache-dir "llama-cpp-python==$LLAMACPP"
 }
 

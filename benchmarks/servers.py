@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +21,7 @@ from config.serving_config import ServingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 600.0  # vLLM compiles its graphs when it starts
-STOP_SECONDS = 40.0
-VLLM_PORT = 8100
+STOP_SECONDS, PATIENCE_SECONDS = 40.0, 5.0
 PR_SET_PDEATHSIG = 1  # prctl(2): send me a signal when my parent dies
 
 _libc = ctypes.CDLL(None)
@@ -81,8 +81,11 @@ class Server:
     def stop(self) -> None:
         """End it, with force if it does not go; nothing of it is left."""
         processes = self._tree()
-        self._process.terminate()
-        _, left = psutil.wait_procs(processes, STOP_SECONDS)
+        left = processes
+        for seconds in (PATIENCE_SECONDS, STOP_SECONDS):  # a second signal says that no answer is waited for
+            if left:
+                self._process.terminate()
+                _, left = psutil.wait_procs(left, seconds)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -103,16 +106,26 @@ def end_with_parent() -> None:
 
 
 def ours(config_path: str, config: ServingConfig) -> Server:
-    """This project's deployment with its app and agents; its first model is the one that is measured."""
+    """This project's deployment with its app and agents; its first model is the one that is measured.
+
+    Raises:
+        RuntimeError: its port is taken.
+    """
     url = f"http://{config.server.host}:{config.server.port}"
+    with socket.socket() as taken:
+        if taken.connect_ex((config.server.host, config.server.port)) == 0:
+            raise RuntimeError(f"{url}: somebody serves there already; stop it, or measure another configuration")
     command = [sys.executable, "start.py", "--config", config_path]
     return Server("ours", Target("ours", url, config.models[0].names[0]), command, "/health/ready")
 
 
 def vllm(peers: Path) -> Server:
     """vLLM's OpenAI server from the folder that ``peers.sh`` set up, on the same weights in bfloat16."""
-    command = [str(ROOT / "benchmarks" / "peers.sh"), "vllm", str(peers), str(VLLM_PORT)]
-    return Server("vllm", Target("openai", f"http://127.0.0.1:{VLLM_PORT}", "smol"), command, "/health")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(ROOT / "benchmarks" / "peers.sh"), "vllm", str(peers), str(port)]
+    return Server("vllm", Target("openai", f"http://127.0.0.1:{port}", "smol"), command, "/health")
 
 
 def llamacpp(peers: Path, sequences: int) -> float:
