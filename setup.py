@@ -42,6 +42,7 @@ setup(
         "sentencepiece",
     ],
     extras_require={
+        "bench": ["httpx", "psutil"],
         # transformers with torch is the reference that our networks are compared with; nothing else uses them
         "test": [
             "pytest",
