@@ -48,7 +48,8 @@ WEIGHT_FORMATS: dict[str, Kind | None] = {
     "q4_1": Kind.Q4_1,
     "q4_0": Kind.Q4_0,
 }
-CACHE_FORMATS = ("float32", "float16")
+# The formats of caches, by name: numpy's numbers (bfloat16's bits are in uint16), bytes of a head's scale
+CACHE_FORMATS = {"float32": ("float32", 0), "bfloat16": ("uint16", 0), "float16": ("float16", 0), "int8": ("int8", 4)}
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def attention_lines(opened: Library, formats: Sequence[str]) -> Iterator[Timed]:
     for name in formats:
         for rows, context, new in cases:
             blocks = rows * -(-context // BLOCK) + 1
-            layer_bytes = 2 * blocks * BLOCK * KV_HEADS * HEAD_DIM * np.dtype(name).itemsize
+            dtype, scales = CACHE_FORMATS[name]
+            layer_bytes = 2 * blocks * BLOCK * KV_HEADS * (HEAD_DIM + scales) * np.dtype(dtype).itemsize
             layers = min(LAYERS if new == 1 else 2, max(2, COLD_BYTES // layer_bytes))
             calls = attention_calls(opened, name, rows, context, new, blocks, layers)
             label = f"{rows} x 1 at {context}" if new == 1 else f"1 x {new}"
@@ -153,8 +155,9 @@ def attention_calls(
 ) -> list[Call]:
     """A call for each layer of a cache whose rows have ``context`` tokens, the last ``new`` of them new."""
     tokens, width = rows * new, -(-context // BLOCK)
-    cache = (layers * blocks, BLOCK, KV_HEADS, HEAD_DIM)
-    keys, values = (np.resize(numbers(1 << 16).astype(dtype), cache) for _ in range(2))
+    number, scales = CACHE_FORMATS[dtype]
+    cache = (layers * blocks, BLOCK, KV_HEADS, HEAD_DIM + scales)
+    keys, values = (np.zeros(cache, dtype=number) if scales else random_cache(cache, number) for _ in range(2))
     tables = np.arange(1, 1 + rows * width, dtype=np.int32).reshape(rows, width)
     positions = np.arange(context - new, context)
     slots = (tables[:, positions // BLOCK] * BLOCK + positions % BLOCK).reshape(-1).astype(np.int32)
@@ -165,6 +168,12 @@ def attention_calls(
         Call(opened, "PagedAttention", [qkv, turns, slots, tables, *lens, keys, values, constant, out])
         for constant in constants
     ]
+
+
+def random_cache(shape: tuple[int, ...], dtype: str) -> Array:
+    """Keys or values; the upper halves of float32 numbers are bfloat16."""
+    values = numbers(1 << 16)
+    return np.resize(values.view(np.uint16)[1::2] if dtype == "uint16" else values.astype(dtype), shape)
 
 
 def fastest(calls: Sequence[Call]) -> float:
@@ -197,7 +206,7 @@ def main() -> int:
     """Measure and print all, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operators", description=__doc__.splitlines()[0])
     parser.add_argument("--weights", nargs="*", choices=list(WEIGHT_FORMATS), default=list(WEIGHT_FORMATS))
-    parser.add_argument("--caches", nargs="*", choices=CACHE_FORMATS, default=list(CACHE_FORMATS))
+    parser.add_argument("--caches", nargs="*", choices=list(CACHE_FORMATS), default=list(CACHE_FORMATS))
     arguments = parser.parse_args()
     limits = machine.measure()
     opened = library.Library(library.build())

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kernels.library import Library
 
-
 DTYPES = {"uint16": "bfloat16"}  # MindSpore's name of what numpy does not have
 
 

@@ -45,7 +45,7 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def deployment(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    model = {"path": str(model_folder), "target": "cpu", "cache_memory": "256MiB"}
+    model = {"path": str(model_folder), "target": "cpu", "cache_memory": "256MiB", "cache_dtype": "float32"}
     with serving(tmp_path_factory.mktemp("default"), [model]) as started:
         yield started
 
@@ -53,7 +53,7 @@ def deployment(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def crowded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The same model with a cache that the prompts do not fit in together."""
-    model = {"path": str(model_folder), "target": "cpu", "cache_memory": "10MiB"}
+    model = {"path": str(model_folder), "target": "cpu", "cache_memory": "10MiB", "cache_dtype": "float32"}
     with serving(tmp_path_factory.mktemp("crowded"), [model]) as started:
         yield started
 

@@ -16,7 +16,7 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
     [
         ("server: {port: 1, host: localhost, port: 2}", "port: given twice, the second time in line 1"),
         (f"limits: {{}}\n{STANDIN % ''}\nlimits: {{}}", "limits: given twice, the second time in line 3"),
-        (STANDIN % ", cache_dtype: float16", r"models\[0\].cache_dtype: the stand-in"),
+        (STANDIN % ", cache_dtype: float32", r"models\[0\].cache_dtype: the stand-in"),
         (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
         (STANDIN % ", step_seconds: .inf", r"models\[0\].step_seconds: needs a finite"),
         (STANDIN % ", step_seconds: .nan", r"models\[0\].step_seconds: "),
