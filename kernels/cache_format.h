@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "lanes.h"
+#include "vector_math.h"
 
 namespace native {
 
@@ -42,20 +43,10 @@ struct BFloat16 {
   static constexpr bool kScaled = false;
   static int64_t head(int64_t dim) { return dim; }
   static lanes::Lanes load(const Number *from) { return lanes::load_bfloat16(from); }
-  static float one(Number x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  }
+  static float one(Number x) { return from_bfloat(x); }
   static float scale(const Number *, int64_t) { return 1.f; }
   static void write(const float *x, int64_t dim, Number *to) {
-    for (int64_t i = 0; i < dim; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + i, sizeof(bits));
-      const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
-      to[i] = static_cast<Number>(x[i] != x[i] ? bits >> 16 | 0x40 : nearest);
-    }
+    for (int64_t i = 0; i < dim; ++i) to[i] = to_bfloat(x[i]);
   }
 };
 

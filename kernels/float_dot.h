@@ -3,61 +3,30 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
+#include "lanes.h"
 #include "packed_weight.h"
 
 namespace native {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kFloatTokens = 6, kFloatRows = 4;  // 24 sums in 32 registers
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kFloatTokens = 3, kFloatRows = 4;  // 12 in 16
-#else
-constexpr int kLanes = 4, kFloatTokens = 6, kFloatRows = 4;  // NEON: 24 in 32
-#endif
-
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Four __attribute__((vector_size(4 * sizeof(float))));
-
-inline Lanes load(const float *p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// The sum of the vector's quarters (or of what a narrower one has).
-inline Four fold(Lanes v) {
-  Four parts[kLanes / 4], total;
-  std::memcpy(parts, &v, sizeof(v));
-  total = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
-  return total;
-}
-
-// The sums of four vectors, as one.
-inline Four sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
-  const Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-  const Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  const Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
-}
+constexpr int kFloatTokens = lanes::kBlock, kFloatRows = 4;
 
 // out[m][n] = x[m] . w[n] for M tokens and four rows; `stride` floats from token to token of `out`.
 template <int M>
 inline void float_block(const float *x, const float *const *w, int64_t columns, float *out, int64_t stride) {
-  Lanes sums[M][kFloatRows] = {};
+  using namespace lanes;
+  Lanes dots[M][kFloatRows] = {};
   int64_t k = 0;
   for (; k + kLanes <= columns; k += kLanes) {
     Lanes weight[kFloatRows];
     for (int n = 0; n < kFloatRows; ++n) weight[n] = load(w[n] + k);
     for (int m = 0; m < M; ++m) {
       const Lanes token = load(x + m * columns + k);
-      for (int n = 0; n < kFloatRows; ++n) sums[m][n] += token * weight[n];
+      for (int n = 0; n < kFloatRows; ++n) dots[m][n] += token * weight[n];
     }
   }
   for (int m = 0; m < M; ++m) {
-    const Four total = sums_of(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+    const Four total = sums(dots[m][0], dots[m][1], dots[m][2], dots[m][3]);
     for (int n = 0; n < kFloatRows; ++n) {
       float dot = total[n];
       for (int64_t i = k; i < columns; ++i) dot += x[m * columns + i] * w[n][i];

@@ -7,31 +7,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native_call import NativeLibrary, OperatorError
-from numpy.typing import NDArray
+from operator_reference import EPS, Array, many, normal, rms_norm
 
 from kernels import library
 from models.weight_format import panels, quantised
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
-Array = NDArray[Any]
 Kind = gguf.GGMLQuantizationType
 KINDS = (Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1)
-EPS = np.float32(1e-5)
-
-
-@pytest.fixture(scope="module", params=[1, 3], ids=["1-thread", "3-threads"])
-def native(request: pytest.FixtureRequest) -> NativeLibrary:
-    opened = NativeLibrary()
-    opened.own.set_threads(request.param)
-    return opened
-
-
-def normal(seed: int, *shape: int) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def packed(kind: Kind, value: Array) -> tuple[Array, Array]:
@@ -70,7 +57,6 @@ sizes = st.builds(lambda blocks: 32 * blocks, st.integers(1, 5))
 rows = st.integers(1, 90)
 tokens = st.integers(1, 110)
 kinds = st.sampled_from(KINDS)
-many = settings(max_examples=60, deadline=None)
 
 
 @many
@@ -80,9 +66,9 @@ def test_norm_linear(
 ) -> None:
     x, norm, offset = normal(seed, tokens, columns), normal(1, columns), normal(2, rows)
     weight, numbers = packed(kind, normal(3, rows, columns))
-    arguments = [x, np.append(norm, EPS), weight, *([offset] if bias else [])]
+    arguments = [x, np.append(norm, np.float32(EPS)), weight, *([offset] if bias else [])]
     actual = native.call("NormLinear", arguments, (tokens, rows))
-    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
+    normed = rms_norm(x, norm).astype(np.float32)
     assert_product(actual, kind, normed, numbers, lambda dots: dots + (offset if bias else 0))
 
 
@@ -102,8 +88,8 @@ def test_residual_linear(
 def test_norm_gated_linear(native: NativeLibrary, kind: Kind, tokens: int, columns: int, rows: int, seed: int) -> None:
     x, norm = normal(seed, tokens, columns), normal(1, columns)
     weight, numbers = packed(kind, normal(3, 2 * rows, columns) * 0.3)
-    actual = native.call("NormGatedLinear", [x, np.append(norm, EPS), weight], (tokens, rows))
-    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
+    actual = native.call("NormGatedLinear", [x, np.append(norm, np.float32(EPS)), weight], (tokens, rows))
+    normed = rms_norm(x, norm).astype(np.float32)
 
     def gated(dots: Array) -> Array:
         gate, up = dots[:, 0::2], dots[:, 1::2]
@@ -120,9 +106,10 @@ def test_head_and_the_largest_of_each_run(
 ) -> None:
     x, norm = normal(seed, tokens, columns), normal(1, columns)
     weight, numbers = packed(kind, normal(3, rows, columns))
-    arguments = [x, np.append(norm, EPS), weight]
-    logits, maxima = native.call_all("Head", arguments, (tokens, rows), (tokens, -(-rows // 64)))
-    assert_product(logits, kind, x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm, numbers, lambda dots: dots)
+    wanted = np.random.default_rng(seed).integers(0, tokens, tokens + 3).astype(np.int32)
+    arguments = [x, wanted, np.append(norm, np.float32(EPS)), weight]
+    logits, maxima = native.call_all("Head", arguments, (tokens + 3, rows), (tokens + 3, -(-rows // 64)))
+    assert_product(logits, kind, rms_norm(x, norm).astype(np.float32)[wanted], numbers, lambda dots: dots)
     runs = [logits[:, first : first + 64].max(axis=1) for first in range(0, rows, 64)]
     assert np.array_equal(maxima, np.stack(runs, axis=1))
 
@@ -141,7 +128,7 @@ def test_embedding_gives_the_very_numbers(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_does_not_depend_on_its_neighbours(native: NativeLibrary, kind: Kind) -> None:
-    x, norm = normal(1, 150, 96), np.append(normal(2, 96), EPS)
+    x, norm = normal(1, 150, 96), np.append(normal(2, 96), np.float32(EPS))
     weight, _ = packed(kind, normal(3, 70, 96))
     together = native.call("NormLinear", [x, norm, weight], (150, 70))
     for token in (0, 15, 16, 95, 96, 149):
@@ -152,10 +139,10 @@ def test_a_token_does_not_depend_on_its_neighbours(native: NativeLibrary, kind: 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_number_that_is_none_reaches_the_result(native: NativeLibrary, kind: Kind, bad: float) -> None:
-    x, norm = normal(1, 3, 64), np.append(normal(2, 64), EPS)
+    x, norm = normal(1, 3, 64), np.append(normal(2, 64), np.float32(EPS))
     x[1, 40] = bad
     weight, _ = packed(kind, normal(3, 80, 64))
-    logits, maxima = native.call_all("Head", [x, norm, weight], (3, 80), (3, 2))
+    logits, maxima = native.call_all("Head", [x, np.arange(3, dtype=np.int32), norm, weight], (3, 80), (3, 2))
     assert np.isnan(logits[1]).all()
     assert np.isnan(maxima[1]).all()
     assert np.isfinite(logits[[0, 2]]).all()
@@ -191,3 +178,11 @@ def test_a_token_beyond_the_vocabulary_is_refused(native: NativeLibrary, token: 
     weight, _ = packed(Kind.Q8_0, normal(3, 5, 32))
     with pytest.raises(OperatorError, match=f"token {token} of 5"):
         native.call("Embedding", [np.array([token], np.int32), weight, np.zeros(33, np.float32)], (1, 32))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_logits_of_no_token_are_refused(native: NativeLibrary, index: int) -> None:
+    weight, _ = packed(Kind.Q8_0, normal(3, 5, 32))
+    arguments = [normal(1, 2, 32), np.array([0, index], np.int32), np.zeros(33, np.float32), weight]
+    with pytest.raises(OperatorError, match=f"Head: token {index} of 2"):
+        native.call_all("Head", arguments, (2, 5), (2, 1))

@@ -13,7 +13,7 @@ from kernels import library
 
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 TESTS = Path(__file__).parent
-FILES = ("test_native_operators.py", "test_paged_attention.py")
+FILES = ("test_native_operators.py", "test_packed_weights.py", "test_paged_attention.py", "test_decoder_layer.py")
 BEYOND = """
 import numpy as np
 from native_call import NativeLibrary
