@@ -84,12 +84,10 @@ int64_t task_panels(int64_t panels, int64_t tiles, int64_t threads) {
 template <Format F>
 void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &weight, int64_t first_row, int64_t rows, float *out) {
   thread_local std::vector<uint8_t> padded;
-  for (int64_t n = 0; n < rows; n += kPanelRows) {
-    const uint8_t *panel = weight.panel(first_row + n, padded);
-    for (int64_t t = 0; t < count; t += kTokensAtOnce) {
-      const int here = static_cast<int>(std::min<int64_t>(kTokensAtOnce, count - t));
-      panel_dots_of<F>(here, panel, x, first + t, out + t * kTaskRows + n, kTaskRows);
-    }
+  for (int64_t t = 0; t < count; t += kTokensAtOnce) {  // the tokens stay in the L1 cache while panels pass
+    const int here = static_cast<int>(std::min<int64_t>(kTokensAtOnce, count - t));
+    for (int64_t n = 0; n < rows; n += kPanelRows)
+      panel_dots_of<F>(here, weight.panel(first_row + n, padded), x, first + t, out + t * kTaskRows + n, kTaskRows);
   }
 }
 
