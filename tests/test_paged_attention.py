@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_call import DTYPES, NativeLibrary, OperatorError
+from native_call import NativeLibrary, OperatorError
 from operator_reference import EPS, Array, assert_close, many, normal, rms_norm
 
 from kernels import library
+from kernels.caller import DTYPES
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
