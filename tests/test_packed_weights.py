@@ -155,6 +155,26 @@ def test_a_row_of_zeros_is_zeros(native: NativeLibrary, kind: Kind) -> None:
     assert not native.call("ResidualLinear", arguments, (2, 40)).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-41])
+def test_tiny_numbers_stay_tiny(native: NativeLibrary, kind: Kind, size: float) -> None:
+    x = normal(1, 2, 64) * np.float32(size)
+    weight, numbers = packed(kind, normal(3, 40, 64))
+    actual = native.call("ResidualLinear", [np.zeros((2, 40), np.float32), x, weight], (2, 40))
+    assert np.abs(actual).max() <= 1.1 * np.abs(x.astype(np.float64) @ numbers.T.astype(np.float64)).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_number_that_is_none_reaches_a_layer_without_norm(native: NativeLibrary, kind: Kind, bad: float) -> None:
+    x = normal(1, 2, 64)
+    x[1, 40] = bad
+    weight, _ = packed(kind, normal(3, 40, 64))
+    actual = native.call("ResidualLinear", [np.zeros((2, 40), np.float32), x, weight], (2, 40))
+    assert np.isfinite(actual[0]).all()
+    assert not np.isfinite(actual[1]).any()
+
+
 @pytest.mark.parametrize(
     ("columns", "row_bytes", "message"),
     [
