@@ -64,9 +64,14 @@ struct Int8 {
     return value;
   }
   static void write(const float *x, int64_t dim, Number *to) {
-    float largest = 0.f;
-    for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float scale = largest / 127.f, inverse = scale > 0.f ? 1.f / scale : 0.f;
+    float largest = 0.f, poison = 0.f;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+    for (int64_t i = 0; i < dim; ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+      poison += 0.f * x[i];
+    }
+    // NaN and infinity have no code: they reach the reader through the scale
+    const float scale = largest / 127.f + poison, inverse = scale > 0.f ? 1.f / scale : 0.f;
     for (int64_t i = 0; i < dim; ++i) {
       const float bounded = std::max(-127.f, std::min(127.f, x[i] * inverse));  // in range also for what is no number
       to[i] = static_cast<Number>(static_cast<int32_t>(bounded + (bounded < 0.f ? -0.5f : 0.5f)));

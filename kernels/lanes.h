@@ -114,7 +114,7 @@ inline float largest(Lanes v) {
 // 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor
 // polynomial.
 inline Lanes exp2_of_negative(Lanes x) {
-  const Lanes bounded = larger(x, all(-126.f));
+  const Lanes bounded = larger(all(-126.f), x);  // in this order NaN stays NaN
   const Ints n = __builtin_convertvector(bounded - 0.5f, Ints);  // towards zero: the nearest number, as x <= 0
   const Lanes f = (bounded - __builtin_convertvector(n, Lanes)) * 0.693147181f;
   const Lanes power =

@@ -200,6 +200,25 @@ def test_padding_is_not_written(native: NativeLibrary) -> None:
     check(native, step, shape)
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("part", [slice(32, 48), slice(48, 64)], ids=["key", "value"])
+@pytest.mark.parametrize("lengths", [(5, 1), (0, 7)], ids=["token", "prompt"])
+def test_a_number_that_is_none_reaches_the_result(
+    native: NativeLibrary, lengths: tuple[int, int], part: slice, dtype: str
+) -> None:
+    step = make_step(Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=False), [lengths, (3, 2)], 1, dtype)
+    step.qkv[0, part] = np.nan
+    numbers = np.isfinite(run(native, step)).all(axis=1)
+    assert not numbers[: lengths[1]].any()
+    assert numbers[lengths[1] :].all()
+
+
+def test_a_key_that_float16_cannot_hold_reaches_the_result(native: NativeLibrary) -> None:
+    step = make_step(Shape(heads=4, kv_heads=2, dim=8, block_size=4, norms=False), [(0, 7)], 1, "float16")
+    step.qkv[0, 32:48] = 1e6
+    assert np.isnan(run(native, step)).any(axis=1).all()
+
+
 INDICES = ("slots", "tables", "query_lens", "context_lens")
 
 
