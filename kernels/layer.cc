@@ -84,8 +84,8 @@ int DecoderLayer(int count, void **pointers, int *ranks, int64_t **shapes, const
     const float *constants = a.data<float>(10, "float32", 1);
     require(a.dim(10, 0) >= 5, "constants are missing");
     for (int i : {0, 2, 3, 13}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
+    require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
     const auto heads = static_cast<int64_t>(constants[2]);
-    require(heads > 0 && heads < 65536, "the number of heads is wrong");
     static Between projected, attended, halfway, gated;
     const int64_t tokens = a.dim(0, 0);
     const Value x = in(0), qkv = projected.matrix(tokens, a.dim(2, 0)), y = halfway.matrix(tokens, a.dim(0, 1)), out = in(count - 1);

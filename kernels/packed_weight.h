@@ -73,6 +73,7 @@ struct Weight {
 // Argument i as a weight for tokens of `columns` numbers: the dtype and the bytes of a row say its format.
 inline Weight read_weight(const Arguments &a, int i, int64_t columns) {
   Weight weight{Format::kF32, nullptr, a.rank(i) == 2 ? a.dim(i, 0) : 0, columns};
+  require(columns > 0, "tokens have no numbers");
   if (a.is(i, "float32")) {
     weight.data = reinterpret_cast<const uint8_t *>(a.data<float>(i, "float32", 2));
     a.expect_dim(i, 1, columns);

@@ -10,7 +10,7 @@ namespace native {
 
 // e^x for x <= 0 to 2e-7 relative: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor polynomial.
 inline float exp_of_negative(float x) {
-  const float scaled = std::max(x, -87.f) * 1.44269504f;
+  const float scaled = std::max(-87.f, x) * 1.44269504f;  // in this order NaN gives a number that fits an int
   const float whole = std::floor(scaled + 0.5f), f = (scaled - whole) * 0.693147181f;
   const float power = 1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;

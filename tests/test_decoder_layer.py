@@ -82,6 +82,7 @@ def test_a_layer_is_its_parts(native: NativeLibrary, tokens: int, cached: int, b
         (2, np.zeros((QKV - 1, HIDDEN), np.float32), "PagedAttention: argument 0 has 63 instead of 64 on axis 1"),
         (4, np.full(3, 999, np.int32), "PagedAttention: slot 999 is beyond the cache"),
         (10, np.array([0, 1, -4, 2, EPS], np.float32), "the number of heads is wrong"),
+        (10, np.array([0, 1, np.nan, 2, EPS], np.float32), "the number of heads is wrong"),
         (10, np.zeros(3, np.float32), "constants are missing"),
         (13, np.zeros((7, HIDDEN), np.float32), "gate row for every up row"),
         (14, np.zeros((HIDDEN, 3), np.float32), "ResidualLinear: argument 2 has 3 instead of 40 on axis 1"),

@@ -156,6 +156,16 @@ def test_a_row_of_zeros_is_zeros(native: NativeLibrary, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_number_that_is_none_passes_the_gate(native: NativeLibrary, kind: Kind) -> None:
+    x = normal(1, 2, 64)
+    x[1, 40] = np.nan
+    weight, _ = packed(kind, normal(3, 40, 64))
+    actual = native.call("NormGatedLinear", [x, np.append(normal(2, 64), np.float32(EPS)), weight], (2, 20))
+    assert np.isfinite(actual[0]).all()
+    assert np.isnan(actual[1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-41])
 def test_tiny_numbers_stay_tiny(native: NativeLibrary, kind: Kind, size: float) -> None:
     x = normal(1, 2, 64) * np.float32(size)
@@ -181,6 +191,7 @@ def test_one_number_that_is_none_reaches_a_layer_without_norm(native: NativeLibr
         (48, 51, "inputs in blocks of 32, not 48"),
         (64, 60, "rows of 60 bytes, which is no format of 64 numbers"),
         (64, 0, "rows of 0 bytes"),
+        (0, 0, "tokens have no numbers"),
     ],
 )
 def test_a_weight_of_no_format_is_refused(native: NativeLibrary, columns: int, row_bytes: int, message: str) -> None:
