@@ -17,7 +17,7 @@ using lanes::kLanes;
 using lanes::Lanes;
 constexpr int64_t kKeys = 64;  // keys of a tile
 
-inline int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // out[u][m] = sum over k of a[u][k] * b[k][m] for U rows of a and W vectors of columns; with kAdd,
 // factor[u] * out[u][m] is added.

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "packed_weight.h"
-#include "thread_pool.h"
 
 namespace native {
 

@@ -5,6 +5,7 @@
 // traffic is what a step costs.
 #include "block_dot.h"
 #include "float_dot.h"
+#include "thread_pool.h"
 
 namespace native {
 namespace {
@@ -84,10 +85,12 @@ int64_t task_panels(int64_t panels, int64_t tiles, int64_t threads) {
 template <Format F>
 void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &weight, int64_t first_row, int64_t rows, float *out) {
   thread_local std::vector<uint8_t> padded;
+  const uint8_t *panels[kTaskRows / kPanelRows];  // only the weight's last one may be padded
+  for (int64_t n = 0; n < rows; n += kPanelRows) panels[n / kPanelRows] = weight.panel(first_row + n, padded);
   for (int64_t t = 0; t < count; t += kTokensAtOnce) {  // the tokens stay in the L1 cache while panels pass
     const int here = static_cast<int>(std::min<int64_t>(kTokensAtOnce, count - t));
     for (int64_t n = 0; n < rows; n += kPanelRows)
-      panel_dots_of<F>(here, weight.panel(first_row + n, padded), x, first + t, out + t * kTaskRows + n, kTaskRows);
+      panel_dots_of<F>(here, panels[n / kPanelRows], x, first + t, out + t * kTaskRows + n, kTaskRows);
   }
 }
 
