@@ -55,14 +55,18 @@ inline void quantise_block(const float *x, int offset, int8_t *codes, Tokens::Bl
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
   const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127.f / largest : 0.f);  // finite: the rest is 0
-  const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)), second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+  const __m512 least = _mm512_set1_ps(-127.f), most = _mm512_set1_ps(127.f);
+  const auto code = [&](__m512 numbers) {  // in range also for what is no number
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(numbers, inverse), least), most));
+  };
+  const __m512i first = code(low), second = code(high);
   _mm_storeu_si128(reinterpret_cast<__m128i *>(codes), _mm512_cvtsepi32_epi8(first));
   _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + 16), _mm512_cvtsepi32_epi8(second));
   const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
   // NaN and infinity have no code: they reach the result through the scale
   block.scale = largest / 127.f + 0.f * _mm512_reduce_add_ps(_mm512_add_ps(low, high));
   block.sum = block.scale * static_cast<float>(sum);
-  block.start = static_cast<int32_t>(static_cast<uint32_t>(-offset) * static_cast<uint32_t>(sum));  // of NaN: anything
+  block.start = -offset * sum;
 }
 
 // Asks for the bytes of the next panel that lie as this block does, while this panel's arithmetic goes on.
