@@ -6,8 +6,8 @@ format           bits      a block of 32 numbers
 ``float32``      32        as it is, row by row: the reference
 ``bfloat16``     16        rounded
 ``int8``         8.5       8-bit codes with one float16 scale
-``gguf``         4.5 … 8.5 the blocks of a GGUF file, their bits untouched: Q4_0, Q4_1 and Q8_0; tensors
-                           that the file stores in another type become ``int8``
+``gguf``         4.5 … 16  the blocks of a GGUF file, their bits untouched: Q4_0, Q4_1, Q8_0 and BF16; what
+                           is stored otherwise, as all of a Hugging Face folder is, becomes ``int8``
 ================ ========= ==========================================================================
 
 All but ``float32`` are packed: 16 rows side by side, so that one register holds one column of them.
