@@ -69,7 +69,7 @@ class ArithmeticModel:
         self.manifest = read_manifest(folder)
         verify_files(folder, self.manifest)
         block_size = self.manifest.block_size
-        self.num_blocks = cache_bytes // self.manifest.cache_block_bytes("float32")
+        self.num_blocks = cache_bytes // self.manifest.cache_block_bytes(self.cache_dtype)
         self._step_seconds = step_seconds
         self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)

@@ -49,11 +49,17 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
             "agent_ports",
             f"{model.path} is exported for {manifest.world_size} rank(s), so it needs as many, not {ports}",
         )
-    try:
-        manifest.check_cache_dtype(model.cache_dtype)
-    except ManifestError as error:
-        yield "cache_dtype", str(error)
-    block_bytes = manifest.cache_block_bytes(model.cache_dtype)
+    cache_dtype = "int32" if model.target == "standin" else model.cache_dtype
+    if model.target != "standin":
+        try:
+            manifest.check_cache_dtype(cache_dtype)
+        except ManifestError as error:
+            yield "cache_dtype", str(error)
+        try:
+            manifest.check_weights(model.weights)
+        except ManifestError as error:
+            yield "weights", str(error)
+    block_bytes = manifest.cache_block_bytes(cache_dtype)
     if model.cache_bytes < MIN_BLOCKS * block_bytes:
         yield "cache_memory", f"{model.cache_memory} holds fewer than {MIN_BLOCKS} blocks of {block_bytes} bytes"
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from agent.logits import Logits
 from agent.step_batch import StepBatch
-from config.manifest import Manifest, ManifestError, read_manifest
+from config.manifest import Manifest
 from config.serving_config import ModelConfig
 
 
@@ -42,9 +42,6 @@ def open_runner(config: ModelConfig) -> Runner:
         from agent.arithmetic_model import ArithmeticModel
 
         return ArithmeticModel(folder, cache_bytes=config.cache_bytes, step_seconds=config.step_seconds)
-    weights = read_manifest(folder).weights
-    if config.weights not in (None, weights):
-        raise ManifestError(f"weights: {folder} has {weights}; export it with --weights {config.weights}")
     from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
 
     return ModelRunner(folder, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads)

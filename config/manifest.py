@@ -13,9 +13,9 @@ import msgspec
 
 from config.serving_config import Target, WeightFormat
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int32": 4}  # the last: the stand-in's
 SCALE_BYTES = 4  # of int8, behind each token's numbers of a head: the float32 that they are to be multiplied by
 HOST_CACHE_DTYPES = ("float32", "float16")  # what standard operators can take
 
@@ -95,6 +95,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                 f"{self.name} was exported with standard operators, whose cache is {' or '.join(HOST_CACHE_DTYPES)}, "
                 f"not {dtype}; export it with C++ operators, or choose one of these"
             )
+
+    def check_weights(self, wanted: WeightFormat | None) -> None:
+        """See that the model has the format of weights that the configuration wants.
+
+        Raises:
+            ManifestError: it has another.
+        """
+        if wanted not in (None, self.weights):
+            raise ManifestError(f"{self.name} has {self.weights}; export it with --weights {wanted}")
 
     def digest(self) -> str:
         """SHA-256 of all that the ranks of one export share: what ``Hello.manifest_digest`` says."""

@@ -1,7 +1,7 @@
 // Dot products of a few tokens with one panel of 16 packed rows: the inner loops of every linear layer but float32's.
 //
 // Codes of 4 and 8 bits meet tokens that are quantised too, to 8 bits with a scale for each 32 numbers, where the CPU
-// multiplies bytes (AVX-512 VNNI). bfloat16 meets tokens rounded to bfloat16 where the CPU multiplies those. Elsewhere
+// multiplies bytes (AVX-512 VNNI), or to 16 in two parts where that shows: in the head. bfloat16 meets tokens rounded to bfloat16 where the CPU multiplies those. Elsewhere
 // (AVX2, NEON) a block is unpacked to float32 once for all tokens of the call, in loops that compilers turn into vector
 // code; there tokens stay float32.
 #pragma once
@@ -32,6 +32,8 @@ constexpr int kTokensAtOnce = 16;  // their sums and a block of weights fill the
 constexpr int kTokensAtOnce = 4;
 #endif
 
+constexpr float kRestSteps = 254.f;  // of a rest in one code's: a rest is half a code at most, and 127
+
 typedef float PanelSums __attribute__((vector_size(kPanelRows * sizeof(float))));
 
 // The tokens of a step as one format's dot products want them.
@@ -39,34 +41,49 @@ struct Tokens {
   // What 32 numbers of a token have in common: numbers are scale * code.
   struct Block {
     float scale;
-    float sum;      // of the numbers that the codes stand for
-    int32_t start;  // minus the weight's offset times the sum of the codes: where integer sums begin
+    float sum;           // of the numbers that the codes stand for
+    int32_t start;       // minus the weight's offset times the sum of the codes: where integer sums begin
+    int32_t rest_start;  // the same of the rests
   };
   int64_t columns = 0;
   const float *floats = nullptr;                   // [T, K]
   const uint16_t *bfloats = nullptr;               // [T, K]
   const int8_t *codes = nullptr;                   // [T, K]
+  const int8_t *rests = nullptr;                   // [T, K] what the codes leave, in steps of scale / kRestSteps; or not kept
   const Block *blocks = nullptr;                   // [T, K / 32]
 };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-inline void quantise_block(const float *x, int offset, int8_t *codes, Tokens::Block &block) {
+// 32 numbers as codes and, if there is room for them, as what those leave.
+inline void quantise_block(const float *x, int offset, int8_t *codes, int8_t *rests, Tokens::Block &block) {
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
   const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127.f / largest : 0.f);  // finite: the rest is 0
   const __m512 least = _mm512_set1_ps(-127.f), most = _mm512_set1_ps(127.f);
   const auto code = [&](__m512 numbers) {  // in range also for what is no number
-    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(numbers, inverse), least), most));
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(numbers, least), most));
   };
-  const __m512i first = code(low), second = code(high);
-  _mm_storeu_si128(reinterpret_cast<__m128i *>(codes), _mm512_cvtsepi32_epi8(first));
-  _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + 16), _mm512_cvtsepi32_epi8(second));
-  const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+  const auto store = [](__m512i first, __m512i second, int8_t *to) {  // and their sum
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtsepi32_epi8(first));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 16), _mm512_cvtsepi32_epi8(second));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+  };
+  const __m512 low_steps = _mm512_mul_ps(low, inverse), high_steps = _mm512_mul_ps(high, inverse);
+  const __m512i first = code(low_steps), second = code(high_steps);
+  const int32_t sum = store(first, second, codes);
+  int32_t rest_sum = 0;
+  if (rests) {
+    const auto rest = [&](__m512 steps, __m512i codes_of_them) {
+      return code(_mm512_mul_ps(_mm512_sub_ps(steps, _mm512_cvtepi32_ps(codes_of_them)), _mm512_set1_ps(kRestSteps)));
+    };
+    rest_sum = store(rest(low_steps, first), rest(high_steps, second), rests);
+  }
   // NaN and infinity have no code: they reach the result through the scale
   block.scale = largest / 127.f + 0.f * _mm512_reduce_add_ps(_mm512_add_ps(low, high));
-  block.sum = block.scale * static_cast<float>(sum);
+  block.sum = block.scale * (static_cast<float>(sum) + static_cast<float>(rest_sum) / kRestSteps);
   block.start = -offset * sum;
+  block.rest_start = -offset * rest_sum;
 }
 
 // Asks for the bytes of the next panel that lie as this block does, while this panel's arithmetic goes on.
@@ -75,11 +92,11 @@ inline void fetch_next(const uint8_t *block, int bytes, int64_t columns) {
   for (int i = 0; i < bytes * kPanelRows; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
-template <Format F, int M>
+template <Format F, int M, bool kRests>
 inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
   constexpr BlockLayout layout = layout_of(F);
   const int64_t blocks = x.columns / kBlockColumns;
-  const int8_t *codes = x.codes + first_token * x.columns;
+  const int8_t *codes = x.codes + first_token * x.columns, *rests = kRests ? x.rests + first_token * x.columns : nullptr;
   const Tokens::Block *of_token = x.blocks + first_token * blocks;
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512 sums[M];
@@ -102,15 +119,20 @@ inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token
     if constexpr (F == Format::kQ4_1)
       minimum = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves + 32)));
     for (int m = 0; m < M; ++m) {
-      const int8_t *code = codes + m * x.columns + b * kBlockColumns;
+      const int64_t at = m * x.columns + b * kBlockColumns;
       const Tokens::Block &token = of_token[m * blocks + b];
-      __m512i dot = _mm512_set1_epi32(offset_of(F) > 0 ? token.start : 0);
-      for (int w = 0; w < 8; ++w) {
-        int32_t word;
-        std::memcpy(&word, code + 4 * w, sizeof(word));
-        dot = _mm512_dpbusd_epi32(dot, weight[w], _mm512_set1_epi32(word));
-      }
-      sums[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(token.scale)), _mm512_cvtepi32_ps(dot), sums[m]);
+      const auto dot = [&](const int8_t *code, int32_t start) {
+        __m512i total = _mm512_set1_epi32(offset_of(F) > 0 ? start : 0);
+        for (int w = 0; w < 8; ++w) {
+          int32_t word;
+          std::memcpy(&word, code + 4 * w, sizeof(word));
+          total = _mm512_dpbusd_epi32(total, weight[w], _mm512_set1_epi32(word));
+        }
+        return _mm512_cvtepi32_ps(total);
+      };
+      __m512 steps = dot(codes + at, token.start);
+      if constexpr (kRests) steps = _mm512_fmadd_ps(dot(rests + at, token.rest_start), _mm512_set1_ps(1.f / kRestSteps), steps);
+      sums[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(token.scale)), steps, sums[m]);
       if constexpr (F == Format::kQ4_1) sums[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(token.sum), sums[m]);
     }
   }
@@ -160,7 +182,8 @@ inline void float_dots(const uint8_t *panel, const Tokens &x, int64_t first_toke
 template <Format F, int M>
 inline void panel_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  if constexpr (F != Format::kBf16) return byte_dots<F, M>(panel, x, first_token, out, stride);
+  if constexpr (F != Format::kBf16)
+    return x.rests ? byte_dots<F, M, true>(panel, x, first_token, out, stride) : byte_dots<F, M, false>(panel, x, first_token, out, stride);
 #endif
 #if defined(__AVX512BF16__)
   if constexpr (F == Format::kBf16) return bfloat_dots<M>(panel, x, first_token, out, stride);

@@ -27,7 +27,7 @@ void normalize(const float *x, const float *norm, int64_t columns, float *y) {
 struct TokenMemory {
   std::vector<float> floats;
   std::vector<uint16_t> bfloats;
-  std::vector<int8_t> codes;
+  std::vector<int8_t> codes, rests;
   std::vector<Tokens::Block> blocks;
 
   template <typename T>
@@ -37,8 +37,9 @@ struct TokenMemory {
   }
 };
 
-// The tokens [T, K], divided by their norm if there is one, as dot products with this weight take them.
-Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &weight) {
+// The tokens [T, K], divided by their norm if there is one, as dot products with this weight take them; `finely` keeps what
+// the codes of their numbers leave.
+Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &weight, bool finely = false) {
   static TokenMemory memory;
   const int64_t columns = weight.columns, blocks = weight.blocks();
   const bool bytes = kByteDots && weight.format != Format::kF32 && weight.format != Format::kBf16;
@@ -50,9 +51,11 @@ Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &w
   if (normed) tokens.floats = normed;
   uint16_t *rounded = bfloats ? TokenMemory::room(memory.bfloats, count * columns) : nullptr;
   int8_t *codes = bytes ? TokenMemory::room(memory.codes, count * columns) : nullptr;
+  int8_t *rests = bytes && finely ? TokenMemory::room(memory.rests, count * columns) : nullptr;
   Tokens::Block *of_token = bytes ? TokenMemory::room(memory.blocks, count * blocks) : nullptr;
   tokens.bfloats = rounded;
   tokens.codes = codes;
+  tokens.rests = rests;
   tokens.blocks = of_token;
   if (!normed && !rounded && !codes) return tokens;
   const int64_t share = std::max<int64_t>(1, 8192 / columns);  // tokens of a task: less is not worth another thread
@@ -65,7 +68,7 @@ Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &w
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
       for (int64_t b = 0; codes && b < blocks; ++b)
         quantise_block(token + b * kBlockColumns, offset_of(weight.format), codes + t * columns + b * kBlockColumns,
-                       of_token[t * blocks + b]);
+                       rests ? rests + t * columns + b * kBlockColumns : nullptr, of_token[t * blocks + b]);
 #endif
     }
   });
@@ -210,7 +213,7 @@ extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, co
       std::memcpy(wanted.data() + t * columns, x + indices[t] * columns, columns * sizeof(float));
     }
     static_assert(kRun == kTaskRows, "a task has a whole run");
-    multiply(prepare(wanted.data(), norm, tokens, weight), tokens, weight, true,
+    multiply(prepare(wanted.data(), norm, tokens, weight, true), tokens, weight, true,
              [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
                std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
                maxima[t * runs + n / kRun] = largest(dots, rows);

