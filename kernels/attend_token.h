@@ -1,5 +1,5 @@
-// Attention of one new token, all heads, over a piece of its row's keys. The cache is read once, in the order in which it lies in
-// memory: what that takes is what a decode step costs.
+// Attention of one new token, all heads, over a piece of its row's keys. The cache is read once, sixteen tokens at a time and of
+// these one head after the other: what that takes is what a decode step costs.
 #pragma once
 
 #include "attention_task.h"
@@ -14,47 +14,50 @@ namespace token {
 using lanes::kLanes;
 using lanes::Lanes;
 constexpr int kVectors = lanes::kBlock < 4 ? 3 : 4;  // query vectors that share a key's load
+constexpr int64_t kKeys = 16;                        // keys that one head after the other looks at
+constexpr int64_t kAhead = 24;                       // keys between one that is used and the one that is asked for then
+static_assert(kKeys % kLanes == 0, "whole vectors of scores");
 
-// out[m][j] = q[m] . k[j] for M query vectors and four keys; `stride` numbers from out[m] to out[m + 1].
+// out[m][j] = q[m] . k[j] for M query vectors and kLanes keys, which stand `offset` numbers after rows[j].
 template <typename Format, int M>
-inline void dots(const float *q, const typename Format::Number *const *k, int64_t dim, float *out, int64_t stride) {
-  Lanes acc[M][4] = {};
+inline void dots(const float *q, const typename Format::Number *const *rows, int64_t offset, int64_t dim, float *out,
+                 int64_t stride) {
+  Lanes fours[kLanes / 4][M];
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    Lanes key[4];
-    for (int j = 0; j < 4; ++j) key[j] = Format::load(k[j] + d);
-    for (int m = 0; m < M; ++m) {
-      const Lanes query = lanes::load(q + m * dim + d);
-      for (int j = 0; j < 4; ++j) acc[m][j] += query * key[j];
+  for (int f = 0; f < kLanes / 4; ++f) {
+    const typename Format::Number *k[4];
+    for (int j = 0; j < 4; ++j) k[j] = rows[4 * f + j] + offset;
+    Lanes acc[M][4] = {};
+    for (d = 0; d + kLanes <= dim; d += kLanes) {
+      Lanes query[M];
+      for (int m = 0; m < M; ++m) query[m] = lanes::load(q + m * dim + d);
+      for (int j = 0; j < 4; ++j) {
+        const Lanes key = Format::load(k[j] + d);
+        for (int m = 0; m < M; ++m) acc[m][j] += query[m] * key;
+      }
     }
+    for (int m = 0; m < M; ++m) fours[f][m] = lanes::quarters(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
   }
   for (int m = 0; m < M; ++m) {
-    float total[4];
-    const lanes::Four sums = lanes::sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-    std::memcpy(total, &sums, sizeof(sums));
-    for (int j = 0; j < 4; ++j) {
-      for (int64_t i = d; i < dim; ++i) total[j] += q[m * dim + i] * Format::one(k[j][i]);
-      if (Format::kScaled) total[j] *= Format::scale(k[j], dim);
+    Lanes parts[kLanes / 4];
+    for (int f = 0; f < kLanes / 4; ++f) parts[f] = fours[f][m];
+    lanes::store(out + m * stride, lanes::folds(parts));
+  }
+  if (d == dim && !Format::kScaled) return;
+  for (int j = 0; j < kLanes; ++j) {
+    const auto *key = rows[j] + offset;
+    for (int m = 0; m < M; ++m) {
+      float *total = out + m * stride + j;
+      for (int64_t i = d; i < dim; ++i) *total += q[m * dim + i] * Format::one(key[i]);
+      if (Format::kScaled) *total *= Format::scale(key, dim);
     }
-    std::memcpy(out + m * stride, total, sizeof(total));
   }
 }
 
-template <typename Format>
-inline void dots_of(int64_t vectors, const float *q, const typename Format::Number *const *k, int64_t dim, float *out,
-                    int64_t stride) {
-  switch (vectors) {
-    case 1: return dots<Format, 1>(q, k, dim, out, stride);
-    case 2: return dots<Format, 2>(q, k, dim, out, stride);
-    case 3: return dots<Format, 3>(q, k, dim, out, stride);
-    case 4: return dots<Format, 4>(q, k, dim, out, stride);
-  }
-}
-
-// acc[m] += weights[m][j] * v[j] over `count` values, `step` numbers apart, for M query vectors.
+// acc[m] += weights[m][j] * v[j] for M query vectors and `count` values, which stand `offset` numbers after rows[j].
 template <typename Format, int M>
-inline void weigh(const float *weights, int64_t stride, const typename Format::Number *v, int64_t step, int64_t count,
-                  int64_t dim, float *acc) {
+inline void weigh(const float *weights, int64_t stride, const typename Format::Number *const *rows, int64_t count,
+                  int64_t offset, int64_t dim, float *acc) {
   int64_t d = 0;
   auto columns = [&](auto width) {
     constexpr int W = decltype(width)::value;
@@ -63,10 +66,13 @@ inline void weigh(const float *weights, int64_t stride, const typename Format::N
       for (int m = 0; m < M; ++m)
         for (int w = 0; w < W; ++w) sums[m][w] = lanes::load(acc + m * dim + d + w * kLanes);
       for (int64_t j = 0; j < count; ++j) {
-        Lanes value[W];
-        for (int w = 0; w < W; ++w) value[w] = Format::load(v + j * step + d + w * kLanes);
-        for (int m = 0; m < M; ++m)
-          for (int w = 0; w < W; ++w) sums[m][w] += weights[m * stride + j] * value[w];
+        const auto *v = rows[j] + offset + d;
+        Lanes weight[M];
+        for (int m = 0; m < M; ++m) weight[m] = lanes::all(weights[m * stride + j]);
+        for (int w = 0; w < W; ++w) {
+          const Lanes value = Format::load(v + w * kLanes);
+          for (int m = 0; m < M; ++m) sums[m][w] += weight[m] * value;
+        }
       }
       for (int m = 0; m < M; ++m)
         for (int w = 0; w < W; ++w) lanes::store(acc + m * dim + d + w * kLanes, sums[m][w]);
@@ -76,23 +82,27 @@ inline void weigh(const float *weights, int64_t stride, const typename Format::N
   columns(std::integral_constant<int, 1>());
   for (; d < dim; ++d)
     for (int m = 0; m < M; ++m)
-      for (int64_t j = 0; j < count; ++j) acc[m * dim + d] += weights[m * stride + j] * Format::one(v[j * step + d]);
+      for (int64_t j = 0; j < count; ++j) acc[m * dim + d] += weights[m * stride + j] * Format::one(rows[j][offset + d]);
 }
 
-template <typename Format>
-inline void weigh_of(int64_t vectors, const float *weights, int64_t stride, const typename Format::Number *v, int64_t step,
-                     int64_t count, int64_t dim, float *acc) {
-  switch (vectors) {
-    case 1: return weigh<Format, 1>(weights, stride, v, step, count, dim, acc);
-    case 2: return weigh<Format, 2>(weights, stride, v, step, count, dim, acc);
-    case 3: return weigh<Format, 3>(weights, stride, v, step, count, dim, acc);
-    case 4: return weigh<Format, 4>(weights, stride, v, step, count, dim, acc);
+// Calls use(first, M) for the vectors of a group, M at a time.
+template <typename Use>
+inline void in_parts(int64_t vectors, const Use &use) {
+  for (int64_t m = 0; m < vectors; m += kVectors) {
+    switch (std::min<int64_t>(kVectors, vectors - m)) {
+      case 1: use(m, std::integral_constant<int, 1>()); break;
+      case 2: use(m, std::integral_constant<int, 2>()); break;
+      case 3: use(m, std::integral_constant<int, 3>()); break;
+      case 4: use(m, std::integral_constant<int, 4>()); break;
+    }
   }
 }
 
 // Asks for memory that is read soon: a block ends where the processor's own foresight does.
-inline void prefetch(const char *from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+template <typename Number>
+inline void prefetch(const Number *from, int64_t numbers) {
+  const auto *bytes = reinterpret_cast<const char *>(from);
+  for (int64_t i = 0; i < numbers * static_cast<int64_t>(sizeof(Number)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
 // Turns scores into weights 2^(score - top); their sum.
@@ -115,52 +125,52 @@ inline float soften(float *scores, int64_t count, float *top) {
 template <typename Format>
 void attend_token(const Call &c, const Unit &unit, const Task &task, const Partial &partial) {
   using Number = typename Format::Number;
-  const int64_t groups = c.groups(), head = Format::head(c.dim), step = c.kv_heads * head;
-  constexpr int64_t stride = kTokenPiece + lanes::kLanes;  // the last four of a part may reach beyond it
-  const auto *keys = static_cast<const Number *>(c.keys), *values = static_cast<const Number *>(c.values);
+  using token::kKeys;
+  const int64_t groups = c.groups(), head = Format::head(c.dim), step = c.kv_heads * head, count = task.last - task.first;
+  constexpr int64_t stride = kTokenPiece + token::kKeys;  // the last keys may reach beyond a piece
   const float *q = unit.out(c, 0);
   Scratch scratch(c.heads * stride);
   float *scores = scratch.take(c.heads * stride);
-  const int64_t width = step * static_cast<int64_t>(sizeof(Number));  // bytes of a token
-  Part part = part_at(c, unit.row, task.first, task.last);
-  for (int64_t key = task.first; key < task.last;) {
-    const bool ends = key + part.count == task.last;
-    const Part next = part_at(c, unit.row, ends ? task.first : key + part.count, task.last);
-    const auto *ahead = reinterpret_cast<const char *>((ends ? values : keys) + next.slot * step);
-    for (int64_t j = 0; j < part.count; j += 4) {
-      if (j < next.count) token::prefetch(ahead + j * width, std::min<int64_t>(4, next.count - j) * width);
-      for (int64_t h = 0; h < c.kv_heads; ++h) {
-        const Number *k[4];  // at the end of a part its last key fills the four
-        for (int i = 0; i < 4; ++i) k[i] = keys + (part.slot + std::min(j + i, part.count - 1)) * step + h * head;
-        for (int64_t m = h * groups; m < (h + 1) * groups; m += token::kVectors)
-          token::dots_of<Format>(std::min<int64_t>(token::kVectors, (h + 1) * groups - m), q + m * c.dim, k, c.dim,
-                                 scores + m * stride + key - task.first + j, stride);
-      }
+  // Where the tokens' keys are, then where their values are, in the order in which they are read
+  const Number *rows[2 * kTokenPiece + kKeys + token::kAhead];
+  for (int64_t j = 0; j < count;) {
+    const Part part = part_at(c, unit.row, task.first + j, task.last);
+    for (int64_t i = 0; i < part.count; ++i, ++j) {
+      rows[j] = static_cast<const Number *>(c.keys) + (part.slot + i) * step;
+      rows[count + j] = static_cast<const Number *>(c.values) + (part.slot + i) * step;
     }
-    key += part.count;
-    part = next;
   }
-  for (int64_t m = 0; m < c.heads; ++m)
-    partial.sum[m] = token::soften(scores + m * stride, task.last - task.first, &partial.top[m]);
-  std::fill(partial.acc, partial.acc + c.heads * c.dim, 0.f);
-  for (int64_t key = task.first; key < task.last;) {
-    const bool ends = key + part.count == task.last;
-    const Part next = ends ? Part{} : part_at(c, unit.row, key + part.count, task.last);
-    const int64_t share = (next.count * width + c.kv_heads - 1) / c.kv_heads;
+  std::fill(rows + 2 * count, rows + 2 * count + kKeys + token::kAhead, rows[2 * count - 1]);
+  for (int64_t j = 0; j < token::kAhead; ++j) token::prefetch(rows[j], step);
+  for (int64_t j = 0; j < count; j += kKeys) {  // the last ones are values, whose scores nobody reads
     for (int64_t h = 0; h < c.kv_heads; ++h) {
-      token::prefetch(reinterpret_cast<const char *>(values + next.slot * step) + h * share, share);
-      const Number *v = values + part.slot * step + h * head;
-      for (int64_t m = h * groups; m < (h + 1) * groups; m += token::kVectors) {
-        const int64_t vectors = std::min<int64_t>(token::kVectors, (h + 1) * groups - m);
-        float *weights = scores + m * stride + key - task.first;
-        if (Format::kScaled)
-          for (int64_t j = 0; j < part.count; ++j)
-            for (int64_t i = 0; i < vectors; ++i) weights[i * stride + j] *= Format::scale(v + j * step, c.dim);
-        token::weigh_of<Format>(vectors, weights, stride, v, step, part.count, c.dim, partial.acc + m * c.dim);
-      }
+      for (int64_t i = 0; i < kKeys; ++i) token::prefetch(rows[j + token::kAhead + i] + h * head, head);
+      token::in_parts(groups, [&](int64_t first, auto vectors) {
+        const int64_t m = h * groups + first;
+        for (int64_t i = 0; i < kKeys; i += token::kLanes)
+          token::dots<Format, decltype(vectors)::value>(q + m * c.dim, rows + j + i, h * head, c.dim,
+                                                        scores + m * stride + j + i, stride);
+      });
     }
-    key += part.count;
-    part = next;
+  }
+  for (int64_t m = 0; m < c.heads; ++m) partial.sum[m] = token::soften(scores + m * stride, count, &partial.top[m]);
+  std::fill(partial.acc, partial.acc + c.heads * c.dim, 0.f);
+  for (int64_t j = 0; j < count; j += kKeys) {
+    const int64_t keys = std::min(kKeys, count - j);
+    const Number *const *values = rows + count + j;
+    for (int64_t h = 0; h < c.kv_heads; ++h) {
+      if (j + token::kAhead < count)
+        for (int64_t i = 0; i < kKeys; ++i) token::prefetch(values[token::kAhead + i] + h * head, head);
+      token::in_parts(groups, [&](int64_t first, auto vectors) {
+        const int64_t m = h * groups + first;
+        float *weights = scores + m * stride + j;
+        if (Format::kScaled)
+          for (int64_t i = 0; i < keys; ++i)
+            for (int n = 0; n < vectors; ++n) weights[n * stride + i] *= Format::scale(values[i] + h * head, c.dim);
+        token::weigh<Format, decltype(vectors)::value>(weights, stride, values, keys, h * head, c.dim,
+                                                       partial.acc + m * c.dim);
+      });
+    }
   }
 }
 

@@ -73,7 +73,7 @@ inline Lanes load(const int8_t *from) {
 }
 
 inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof(v)); }
-inline Lanes all(float x) { return Lanes{} + x; }
+inline Lanes all(float x) { return x - Lanes{}; }  // x + 0 would be an addition, as -0 + 0 is 0
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 // The sum of the vector's quarters (or of what a narrower one has).
@@ -85,18 +85,39 @@ inline Four fold(Lanes v) {
   return total;
 }
 
-// The sums of four vectors, as one.
-inline Four sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+// Quarter i of the result has the sums of the four vectors' quarters i.
+inline Lanes quarters(Lanes a, Lanes b, Lanes c, Lanes d) {
 #if defined(__AVX512F__)
   const Lanes ab = reinterpret_cast<Lanes>(_mm512_unpacklo_ps(a, b)) + reinterpret_cast<Lanes>(_mm512_unpackhi_ps(a, b));
   const Lanes cd = reinterpret_cast<Lanes>(_mm512_unpacklo_ps(c, d)) + reinterpret_cast<Lanes>(_mm512_unpackhi_ps(c, d));
   const auto p = reinterpret_cast<__m512d>(ab), q = reinterpret_cast<__m512d>(cd);
-  return fold(reinterpret_cast<Lanes>(_mm512_unpacklo_pd(p, q)) + reinterpret_cast<Lanes>(_mm512_unpackhi_pd(p, q)));
+  return reinterpret_cast<Lanes>(_mm512_unpacklo_pd(p, q)) + reinterpret_cast<Lanes>(_mm512_unpackhi_pd(p, q));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)));
 #else
-  const Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-  const Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  const Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+#endif
+}
+
+// The sums of four vectors, as one.
+inline Four sums(Lanes a, Lanes b, Lanes c, Lanes d) { return fold(quarters(a, b, c, d)); }
+
+// Quarter i of the result is the sum of the quarters of v[i]: what quarters() began, for as many vectors as one has lanes.
+inline Lanes folds(const Lanes *v) {
+#if defined(__AVX512F__)
+  const Lanes ab = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(v[0], v[1], 0x88)) +
+                   reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+  const Lanes cd = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(v[2], v[3], 0x88)) +
+                   reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(v[2], v[3], 0xdd));
+  return reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(ab, cd, 0x88)) +
+         reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(ab, cd, 0xdd));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_permute2f128_ps(v[0], v[1], 0x20)) +
+         reinterpret_cast<Lanes>(_mm256_permute2f128_ps(v[0], v[1], 0x31));
+#else
+  return v[0];
 #endif
 }
 
@@ -106,9 +127,11 @@ inline float sum(Lanes v) {
 }
 
 inline float largest(Lanes v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = top > v[i] ? top : v[i];
-  return top;
+  float x[kLanes];
+  store(x, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
 }
 
 // 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor
