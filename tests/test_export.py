@@ -156,7 +156,7 @@ def test_weights_that_mindspore_writes_to_a_folder_of_their_own(
 ) -> None:
     """As it does beyond 1 GB; the limit is lowered, since a test has no model of that size."""
     monkeypatch.setattr("mindspore.train.serialization.TOTAL_SAVE", 10)  # KB
-    options = export.ExportOptions(operators=export.choose_operators("auto"))
+    options = export.ExportOptions(operators=export.choose_operators("auto"), weights="auto")
     large = export.export(checkpoint, tmp_path / "large", options)
     assert {path.name for path in (tmp_path / "large").iterdir()} == EVERY_FILE
     assert set(large.files) == EVERY_FILE - {"manifest.json"}
