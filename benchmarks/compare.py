@@ -161,7 +161,8 @@ def median(loads: Sequence[Load]) -> Load:
     """The median of each number over the rounds."""
     names = [one.name for one in fields(Load)]
     middle = {name: statistics.median(getattr(one, name) for one in loads) for name in names}
-    return Load(**middle)
+    counted = {name: getattr(loads[0], name) for name in names if isinstance(getattr(loads[0], name), int)}
+    return Load(**{**middle, **counted})  # what is counted is the same in each round
 
 
 def bfloat16_bytes(peers: Path) -> int:
