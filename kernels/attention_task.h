@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "operator.h"
 
 namespace native {
 
@@ -92,15 +93,13 @@ inline void merge(const Call &c, const Unit &unit, float *partials) {
   }
 }
 
-// Memory of one thread that grows to the largest size asked for; what is in it is left from the last use.
+// Memory of one thread, handed out piece by piece.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : memory_(of_this_thread()) {
-    if (memory_.size() < static_cast<size_t>(floats)) memory_.resize(static_cast<size_t>(floats));
-  }
+  explicit Scratch(int64_t floats) : next_(room(of_this_thread(), floats)) {}
   float *take(int64_t floats) {
-    float *taken = memory_.data() + used_;
-    used_ += floats;
+    float *taken = next_;
+    next_ += floats;
     return taken;
   }
 
@@ -109,8 +108,7 @@ class Scratch {
     thread_local std::vector<float> memory;
     return memory;
   }
-  std::vector<float> &memory_;
-  int64_t used_ = 0;
+  float *next_;
 };
 
 }  // namespace native

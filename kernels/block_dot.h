@@ -1,31 +1,30 @@
 // Dot products of a few tokens with one panel of 16 packed rows: the inner loops of every linear layer but float32's.
 //
-// Codes of 4 and 8 bits meet tokens that are quantised too, to 8 bits with a scale for each 32 numbers, where the CPU
-// multiplies bytes (AVX-512 VNNI), or to 16 in two parts where that shows: in the head. bfloat16 meets tokens rounded to bfloat16 where the CPU multiplies those. Elsewhere
-// (AVX2, NEON) a block is unpacked to float32 once for all tokens of the call, in loops that compilers turn into vector
-// code; there tokens stay float32.
+// Codes of 4 and 8 bits meet tokens that are quantised too where the CPU multiplies bytes (AVX-512 VNNI): to 8 bits with a
+// scale for each 32 numbers, or to 16 in two parts where that shows, in the head. bfloat16 meets tokens rounded to bfloat16
+// where the CPU multiplies those. Elsewhere (AVX2, NEON) a block is unpacked to float32 for every few tokens, in loops that
+// compilers turn into vector code; there tokens stay float32.
 #pragma once
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-#include <vector>
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define NATIVE_BYTE_DOTS 1
+#else
+#define NATIVE_BYTE_DOTS 0
+#endif
+#if defined(__AVX512BF16__)
+#define NATIVE_BFLOAT_DOTS 1
+#else
+#define NATIVE_BFLOAT_DOTS 0
+#endif
 
 #include "packed_weight.h"
 
 namespace native {
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr bool kByteDots = true;
-#else
-constexpr bool kByteDots = false;
-#endif
-#if defined(__AVX512BF16__)
-constexpr bool kBfloatDots = true;
-#else
-constexpr bool kBfloatDots = false;
-#endif
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 16;  // their sums and a block of weights fill the 32 registers
 #else
@@ -53,7 +52,7 @@ struct Tokens {
   const Block *blocks = nullptr;                   // [T, K / 32]
 };
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if NATIVE_BYTE_DOTS
 
 // 32 numbers as codes and, if there is room for them, as what those leave.
 inline void quantise_block(const float *x, int offset, int8_t *codes, int8_t *rests, Tokens::Block &block) {
@@ -143,7 +142,7 @@ inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if NATIVE_BFLOAT_DOTS
 
 template <int M>
 inline void bfloat_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
@@ -183,11 +182,11 @@ inline void float_dots(const uint8_t *panel, const Tokens &x, int64_t first_toke
 // out[m][r] = token m . row r of the panel, for M tokens and 16 rows; `stride` floats from token to token.
 template <Format F, int M>
 inline void panel_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if NATIVE_BYTE_DOTS
   if constexpr (F != Format::kBf16)
     return x.rests ? byte_dots<F, M, true>(panel, x, first_token, out, stride) : byte_dots<F, M, false>(panel, x, first_token, out, stride);
 #endif
-#if defined(__AVX512BF16__)
+#if NATIVE_BFLOAT_DOTS
   if constexpr (F == Format::kBf16) return bfloat_dots<M>(panel, x, first_token, out, stride);
 #endif
   return float_dots<F, M>(panel, x, first_token, out, stride);

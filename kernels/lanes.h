@@ -12,6 +12,8 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include "vector_math.h"
+
 namespace native {
 namespace lanes {
 
@@ -134,14 +136,11 @@ inline float largest(Lanes v) {
   return x[0];
 }
 
-// 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2, and 2^f by its Taylor
-// polynomial.
+// 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2.
 inline Lanes exp2_of_negative(Lanes x) {
   const Lanes bounded = larger(all(-126.f), x);  // in this order NaN stays NaN
   const Ints n = __builtin_convertvector(bounded - 0.5f, Ints);  // towards zero: the nearest number, as x <= 0
-  const Lanes f = (bounded - __builtin_convertvector(n, Lanes)) * 0.693147181f;
-  const Lanes power =
-      1.f + f * (1.f + f * (1.f / 2 + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f * (1.f / 720))))));
+  const Lanes power = exp_near_zero((bounded - __builtin_convertvector(n, Lanes)) * 0.693147181f);
   const Lanes scaled = power * reinterpret_cast<Lanes>((n + 127) << 23);
   return x < -126.f ? Lanes{} : scaled;
 }

@@ -35,18 +35,10 @@ Value argument(const Arguments &a, int i) {
   return value;
 }
 
-// A float32 matrix in memory that outlives the step; it belongs to the runtime's one operator thread.
-class Between {
- public:
-  Value matrix(int64_t rows, int64_t columns) {
-    const auto size = static_cast<size_t>(rows * columns);
-    if (memory_.size() < size) memory_.resize(size);
-    return {memory_.data(), "float32", {rows, columns}};
-  }
-
- private:
-  std::vector<float> memory_;
-};
+// A float32 matrix in memory that all layers share.
+Value matrix(std::vector<float> &memory, int64_t rows, int64_t columns) {
+  return {room(memory, rows * columns), "float32", {rows, columns}};
+}
 
 // Runs an operator; its inputs stand before its output. Throws what it complains of.
 void call(Operator *op, std::vector<Value> values) {
@@ -86,10 +78,10 @@ int DecoderLayer(int count, void **pointers, int *ranks, int64_t **shapes, const
     for (int i : {0, 2, 3, 13}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
     require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
     const auto heads = static_cast<int64_t>(constants[2]);
-    static Between projected, attended, halfway, gated;
+    static std::vector<float> projected, attended, halfway, gated;  // of the runtime's one operator thread
     const int64_t tokens = a.dim(0, 0);
-    const Value x = in(0), qkv = projected.matrix(tokens, a.dim(2, 0)), y = halfway.matrix(tokens, a.dim(0, 1)), out = in(count - 1);
-    const Value heads_out = attended.matrix(tokens, heads * a.dim(3, 1)), hidden = gated.matrix(tokens, a.dim(13, 0) / 2);
+    const Value x = in(0), qkv = matrix(projected, tokens, a.dim(2, 0)), y = matrix(halfway, tokens, a.dim(0, 1)), out = in(count - 1);
+    const Value heads_out = matrix(attended, tokens, heads * a.dim(3, 1)), hidden = matrix(gated, tokens, a.dim(13, 0) / 2);
     count > 16 ? call(NormLinear, {x, in(1), in(2), in(15), qkv}) : call(NormLinear, {x, in(1), in(2), qkv});
     call(PagedAttention, {qkv, in(3), in(4), in(5), in(6), in(7), in(8), in(9), in(10), heads_out});
     count > 17 ? call(ResidualLinear, {x, heads_out, in(11), in(16), y}) : call(ResidualLinear, {x, heads_out, in(11), y});

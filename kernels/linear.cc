@@ -14,27 +14,12 @@ constexpr int64_t kTokenTile = 96;  // tokens of a task
 constexpr int64_t kTaskRows = 64;   // rows of a task at most: a multiple of kPanelRows and kFloatRows
 constexpr int64_t kRun = 64;        // neighbouring logits of which the head tells the largest
 
-// Divided by its root mean square and scaled. `norm` holds K weights and then epsilon.
-void normalize(const float *x, const float *norm, int64_t columns, float *y) {
-  float squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t k = 0; k < columns; ++k) squares += x[k] * x[k];
-  const float scale = 1.f / std::sqrt(squares / static_cast<float>(columns) + norm[columns]);
-  for (int64_t k = 0; k < columns; ++k) y[k] = x[k] * scale * norm[k];
-}
-
-// Room for one operator's tokens; it belongs to the runtime's one operator thread and grows to the largest step.
+// One operator's tokens; they belong to the runtime's one operator thread.
 struct TokenMemory {
   std::vector<float> floats;
   std::vector<uint16_t> bfloats;
   std::vector<int8_t> codes, rests;
   std::vector<Tokens::Block> blocks;
-
-  template <typename T>
-  static T *room(std::vector<T> &memory, int64_t size) {
-    if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
-    return memory.data();
-  }
 };
 
 // The tokens [T, K], divided by their norm if there is one, as dot products with this weight take them; `finely` keeps what
@@ -42,17 +27,17 @@ struct TokenMemory {
 Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &weight, bool finely = false) {
   static TokenMemory memory;
   const int64_t columns = weight.columns, blocks = weight.blocks();
-  const bool bytes = kByteDots && weight.format != Format::kF32 && weight.format != Format::kBf16;
-  const bool bfloats = kBfloatDots && weight.format == Format::kBf16;
+  const bool bytes = NATIVE_BYTE_DOTS && weight.format != Format::kF32 && weight.format != Format::kBf16;
+  const bool bfloats = NATIVE_BFLOAT_DOTS && weight.format == Format::kBf16;
   Tokens tokens;
   tokens.columns = columns;
   tokens.floats = x;
-  float *normed = norm ? TokenMemory::room(memory.floats, count * columns) : nullptr;
+  float *normed = norm ? room(memory.floats, count * columns) : nullptr;
   if (normed) tokens.floats = normed;
-  uint16_t *rounded = bfloats ? TokenMemory::room(memory.bfloats, count * columns) : nullptr;
-  int8_t *codes = bytes ? TokenMemory::room(memory.codes, count * columns) : nullptr;
-  int8_t *rests = bytes && finely ? TokenMemory::room(memory.rests, count * columns) : nullptr;
-  Tokens::Block *of_token = bytes ? TokenMemory::room(memory.blocks, count * blocks) : nullptr;
+  uint16_t *rounded = bfloats ? room(memory.bfloats, count * columns) : nullptr;
+  int8_t *codes = bytes ? room(memory.codes, count * columns) : nullptr;
+  int8_t *rests = bytes && finely ? room(memory.rests, count * columns) : nullptr;
+  Tokens::Block *of_token = bytes ? room(memory.blocks, count * blocks) : nullptr;
   tokens.bfloats = rounded;
   tokens.codes = codes;
   tokens.rests = rests;
@@ -61,11 +46,11 @@ Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &w
   const int64_t share = std::max<int64_t>(1, 8192 / columns);  // tokens of a task: less is not worth another thread
   ThreadPool::shared().run((count + share - 1) / share, [&](int64_t task) {
     for (int64_t t = task * share; t < std::min(count, (task + 1) * share); ++t) {
-      if (normed) normalize(x + t * columns, norm, columns, normed + t * columns);
+      if (normed) rms_norm(x + t * columns, norm, columns, norm[columns], normed + t * columns);
       const float *token = tokens.floats + t * columns;
       if (rounded)
         for (int64_t k = 0; k < columns; ++k) rounded[t * columns + k] = to_bfloat(token[k]);
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if NATIVE_BYTE_DOTS
       for (int64_t b = 0; codes && b < blocks; ++b)
         quantise_block(token + b * kBlockColumns, offset_of(weight.format), codes + t * columns + b * kBlockColumns,
                        rests ? rests + t * columns + b * kBlockColumns : nullptr, of_token[t * blocks + b]);
@@ -206,14 +191,14 @@ extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, co
     a.expect_dim(4, 1, weight.rows);
     a.expect_dim(5, 0, tokens);
     a.expect_dim(5, 1, runs);
-    static std::vector<float> wanted;  // of the runtime's one operator thread
-    wanted.resize(static_cast<size_t>(tokens * columns));
+    static std::vector<float> memory;  // of the runtime's one operator thread
+    float *wanted = room(memory, tokens * columns);
     for (int64_t t = 0; t < tokens; ++t) {
       require(indices[t] >= 0 && indices[t] < a.dim(0, 0), "token " + std::to_string(indices[t]) + " of " + std::to_string(a.dim(0, 0)));
-      std::memcpy(wanted.data() + t * columns, x + indices[t] * columns, columns * sizeof(float));
+      std::memcpy(wanted + t * columns, x + indices[t] * columns, columns * sizeof(float));
     }
     static_assert(kRun == kTaskRows, "a task has a whole run");
-    multiply(prepare(wanted.data(), norm, tokens, weight, true), tokens, weight, true,
+    multiply(prepare(wanted, norm, tokens, weight, true), tokens, weight, true,
              [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
                std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
                maxima[t * runs + n / kRun] = largest(dots, rows);

@@ -64,6 +64,13 @@ class Arguments {
   const char **dtypes_;
 };
 
+// At least `size` items of memory that is kept from call to call; what is in it is left from the last use.
+template <typename T>
+T *room(std::vector<T> &memory, int64_t size) {
+  if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
+  return memory.data();
+}
+
 // Runs an operator's body and turns what it throws into MindSpore's return code.
 template <typename Body>
 int guarded(const char *op, Body &&body) {

@@ -31,14 +31,6 @@ void rotate(const float *x, const float *cos_sin, int64_t dim, float scale, floa
   }
 }
 
-void norm(const float *x, const float *weight, int64_t dim, float eps, float *y) {
-  float squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < dim; ++i) squares += x[i] * x[i];
-  const float scale = 1.f / std::sqrt(squares / static_cast<float>(dim) + eps);
-  for (int64_t i = 0; i < dim; ++i) y[i] = x[i] * scale * weight[i];
-}
-
 // Writes one token's keys and values to its slot and its rotated queries to the output, where attention finds them, scaled so
 // that a score is the power of 2 that its weight is.
 template <typename Format>
@@ -49,7 +41,7 @@ void place_token(const Call &c, int64_t token) {
   const float scale = 1.44269504f / std::sqrt(static_cast<float>(c.dim));
   float normed[kMaxHeadDim], turned[kMaxHeadDim];
   auto prepare = [&](const float *x, const float *weight, float factor, float *y) {
-    if (weight) norm(x, weight, c.dim, c.eps, normed);
+    if (weight) rms_norm(x, weight, c.dim, c.eps, normed);
     rotate(weight ? normed : x, cos_sin, c.dim, factor, y);
   };
   for (int64_t h = 0; h < c.heads; ++h) prepare(q + h * c.dim, c.norms, scale, c.out + (token * c.heads + h) * c.dim);
@@ -86,7 +78,7 @@ struct Plan {
     std::sort(tasks.begin(), tasks.end(), [&](const Task &a, const Task &b) {
       return cost(a) != cost(b) ? cost(a) > cost(b) : std::pair(a.unit, a.piece) < std::pair(b.unit, b.piece);
     });
-    if (partials.size() < static_cast<size_t>(memory)) partials.resize(static_cast<size_t>(memory));
+    room(partials, memory);
   }
 
  private:
