@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol import Floats
+from config.manifest import LOGITS_RUN
 
-RUN = 64  # neighbouring tokens that share a maximum; the native operators know this number too
+RUN = LOGITS_RUN  # neighbouring tokens that share a maximum
 _BLOCK = 1 << 16  # logits that are worked on at a time: they fit the processor's cache, all rows would not
 
 Places = NDArray[np.integer[Any]]

@@ -17,7 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -60,10 +61,10 @@ class Run:
         steps: list[Callable[[], None]] = []
         for concurrent in REQUESTS:
             for series in self.series:
-                steps.append(lambda series=series, concurrent=concurrent: self._load(series, concurrent))  # type: ignore[misc]
+                steps.append(partial(self._load, series, concurrent))
             if self.peers and concurrent in RAW:
-                steps.append(lambda sequences=concurrent: self._raw(sequences))  # type: ignore[misc]
-        steps += [lambda series=series: self._long(series) for series in self.series]  # type: ignore[misc]
+                steps.append(partial(self._raw, concurrent))
+        steps += [partial(self._long, series) for series in self.series]
         for step in reversed(steps) if backwards else steps:
             step()
 
@@ -158,11 +159,9 @@ def start(running: contextlib.ExitStack, server: Server) -> Server:
 
 
 def median(loads: Sequence[Load]) -> Load:
-    """The median of each number over the rounds."""
-    names = [one.name for one in fields(Load)]
-    middle = {name: statistics.median(getattr(one, name) for one in loads) for name in names}
-    counted = {name: getattr(loads[0], name) for name in names if isinstance(getattr(loads[0], name), int)}
-    return Load(**{**middle, **counted})  # what is counted is the same in each round
+    """The median over the rounds of each number that is measured; what is counted is the same in all."""
+    measured = [name for name, value in asdict(loads[0]).items() if isinstance(value, float)]
+    return replace(loads[0], **{name: statistics.median(getattr(one, name) for one in loads) for name in measured})
 
 
 def bfloat16_bytes(peers: Path) -> int:

@@ -15,6 +15,7 @@ from config.serving_config import Target, WeightFormat
 
 MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+LOGITS_RUN = 64  # neighbouring logits of which a graph tells the largest; kernels/linear.cc knows this number too
 CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int32": 4}  # the last: the stand-in's
 SCALE_BYTES = 4  # of int8, behind each token's numbers of a head: the float32 that they are to be multiplied by
 HOST_CACHE_DTYPES = ("float32", "float16")  # what standard operators can take

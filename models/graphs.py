@@ -10,7 +10,7 @@ from types import ModuleType
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
-from config.manifest import Capabilities, GraphTensor
+from config.manifest import LOGITS_RUN, Capabilities, GraphTensor
 from config.serving_config import WeightFormat
 from models import mindir, portable
 from models.checkpoint import Checkpoint
@@ -97,7 +97,7 @@ def graph_outputs(config: NetworkConfig, operators: str) -> tuple[GraphTensor, .
     """What ``Network.construct`` returns."""
     logits = GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size))
     if operators == "native":
-        return (logits, GraphTensor(name="maxima", dtype="float32", shape=(-1, -(-config.vocab_size // 64))))
+        return (logits, GraphTensor(name="maxima", dtype="float32", shape=(-1, -(-config.vocab_size // LOGITS_RUN))))
     shape = (config.num_layers, -1, config.num_kv_heads, config.head_dim)
     return (logits, *(GraphTensor(name=name, dtype="float32", shape=shape) for name in ("new_keys", "new_values")))
 

@@ -24,7 +24,6 @@ from models.weight_map import Rows, Weights
 
 F32, I32, U8 = DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
-WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "gguf")
 MAX_STEP_TOKENS = None  # as many as the configuration allows
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
 CACHE_DTYPES = (F32, DataType.F16_Default, DataType.BF16_Default, DataType.I8_Default)

@@ -23,7 +23,6 @@ from models.checkpoint import Checkpoint
 from models.network_config import NetworkConfig
 from models.weight_map import Floats, Weights
 
-WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32",)
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
 

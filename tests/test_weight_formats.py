@@ -25,7 +25,7 @@ from models.weight_format import read_blocks
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 
 Tokens = list[list[int]]
-# The least mean number of tokens, of 48: what benchmarks.quality measures on more prompts, less three standard errors
+# The least mean number of tokens, of 48: below what benchmarks.quality measures on four times as many prompts
 BOUNDS: dict[WeightFormat, float] = {"bfloat16": 36.0, "int8": 18.0, "gguf": 20.0}
 
 
