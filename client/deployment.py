@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
 from server.errors import NotServing, UnknownModel
@@ -48,14 +49,29 @@ class ServedModel:
         Raises:
             ServingError: the request is refused, before anything is queued.
         """
-        if not self.warm:
-            raise NotServing(f"{name} is not ready yet: it waits for its agents at {self.agents}")
+        self._check_warm()
         return await self._submit(name, text, params, request_id)
+
+    async def submit_all(
+        self, prompt: str | Sequence[int], params: GenerationParams, n: int, request_id: str
+    ) -> list[RequestStream]:
+        """Queue ``n`` answers to a prompt as it is: text or token ids, no template.
+
+        Raises:
+            ServingError: the request is refused, before anything is queued.
+        """
+        self._check_warm()
+        return await self.server.submit_all(prompt, params, n, request_id)
 
     def token(self, token_id: int) -> tuple[str, bool]:
         """A token's own text, and whether it is special: leaves no trace in an answer."""
         tokenizer = self.server.tokenizer
         return tokenizer.token_text(token_id), tokenizer.is_special(token_id)
+
+    def _check_warm(self) -> None:
+        if not self.warm:
+            name = self.config.names[0]
+            raise NotServing(f"{name} is not ready yet: it waits for its agents at {self.agents}")
 
     async def _submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
         template = self.config.prompt_template(name)

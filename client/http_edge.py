@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from client.routes.errors import Problem
+from client.routes.problem import Problem
 
 MAX_HEADER_BYTES = 16 << 10  # request line and headers together
 
@@ -52,7 +52,7 @@ class HttpEdge:
             if refusal is None:
                 await self._app(scope, _bounded(receive, self._max_body_bytes), send_marked)
             else:
-                await refusal.response()(scope, receive, send_marked)
+                await refusal.response(scope["path"])(scope, receive, send_marked)
         finally:
             milliseconds = 1000 * (time.perf_counter() - started)
             logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, milliseconds)
@@ -75,7 +75,7 @@ class JsonH11Protocol(H11Protocol):
         error = sys.exc_info()[1]
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         problem = headers_too_large() if hint == 431 else Problem(status=400, message="this is not an HTTP request")
-        response = problem.response()
+        response = problem.response(path="")  # nobody knows whose client this is
         headers = [*response.raw_headers, (b"connection", b"close")]
         for event in (
             h11.Response(status_code=problem.status, headers=headers),

@@ -127,6 +127,16 @@ class LLMServer:
             Overloaded: the queue is full.
             NotServing: the server is not started, or stopping, or its agents are away for longer than a restart takes.
         """
+        return (await self.submit_all(prompt, params, 1, request_id))[0]
+
+    async def submit_all(
+        self, prompt: str | Sequence[int], params: GenerationParams, n: int, request_id: str | None = None
+    ) -> list[RequestStream]:
+        """Queue ``n`` answers to one prompt, all or none. Answer i draws with the seed plus i.
+
+        Raises:
+            InvalidRequest, Overloaded, NotServing: as of ``submit``.
+        """
         self._check_room(self._open_loop())
         self._preparing += 1
         try:
@@ -134,16 +144,27 @@ class LLMServer:
         finally:
             self._preparing -= 1
         loop = self._open_loop()
-        request = Request(
-            request_id=request_id or uuid.uuid4().hex,
-            prompt_ids=prompt_ids,
-            params=self._with_end_tokens(params),
-            arrival=time.monotonic(),
-            max_new_tokens=self._max_new_tokens(params, len(prompt_ids)),
-        )
-        answer = Answer(request, self.tokenizer)
-        loop.add(answer)
-        return RequestStream(request.request_id, tuple(prompt_ids), answer.mailbox, partial(loop.abort, request))
+        params = self._with_end_tokens(params)
+        max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
+        request_id = request_id or uuid.uuid4().hex
+        answers = [
+            Answer(
+                Request(
+                    request_id=request_id if n == 1 else f"{request_id}-{index}",
+                    prompt_ids=prompt_ids,
+                    params=_with_seed(params, params.sampling.seed + index),
+                    arrival=time.monotonic(),
+                    max_new_tokens=max_new_tokens,
+                ),
+                self.tokenizer,
+            )
+            for index in range(n)
+        ]
+        for answer in answers:
+            loop.add(answer)
+        return [
+            RequestStream(answer.request, answer.mailbox, partial(loop.abort, answer.request)) for answer in answers
+        ]
 
     def _open_loop(self) -> StepLoop:
         if self._loop is None or not self._accepting:
@@ -224,6 +245,11 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
+
+
+def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:
+    sampling = msgspec.structs.replace(params.sampling, seed=seed & (1 << 64) - 1)
+    return dataclasses.replace(params, sampling=sampling)
 
 
 _TEXT_FILES = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)

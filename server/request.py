@@ -62,6 +62,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when the request was first admitted
     num_prompt_logprobs: int = 0  # answered so far, from the prompt's second token on
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Literal
 
 from server.errors import GenerationFailed
-from server.request import FinishReason, TokenLogprob
+from server.request import FinishReason, Request, TokenLogprob
 
 StopKind = Literal["eos", "stop_token", "stop_string", "length"]
 
@@ -78,15 +78,26 @@ class RequestStream:
     The request is aborted when the reader says so, leaves (``aclose``) or forgets the stream.
     """
 
-    def __init__(
-        self, request_id: str, prompt_ids: tuple[int, ...], mailbox: Mailbox, on_abort: Callable[[], None]
-    ) -> None:
-        self.request_id = request_id
-        self.prompt_ids = prompt_ids
+    def __init__(self, request: Request, mailbox: Mailbox, on_abort: Callable[[], None]) -> None:
+        self._request = request
         self._mailbox = mailbox
         self._on_abort = on_abort
         self._over = False
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt's tokens, as the model gets them."""
+        return self._request.prompt_ids
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the cache already; known from the first increment on."""
+        return self._request.num_cached_tokens
 
     def __aiter__(self) -> RequestStream:
         return self

@@ -5,7 +5,6 @@ Everything that can be refused is refused by raising: a ``ServingError`` by our 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -13,9 +12,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from client.schemas.error import ErrorBody
+from client.routes.problem import LEGACY, Dialect, Problem
 from server.errors import NotServing, Overloaded, ServingError
 
 logger = logging.getLogger(__name__)
@@ -25,25 +24,9 @@ STATUS_TEXTS = {
     404: "there is nothing at this path; /openapi.json lists what there is",
     405: "this path does not take this method",
 }
-FIELD_NAMES = {"prompt": "inputs", "messages": "inputs"}  # the server's names → those of these routes
 MAX_FIELD_CHARACTERS = 100  # of a name that the client made up
 CLIENT_LEFT = 499  # as nginx writes it
 INTERNAL = "the server could not finish this request; its log says why under request id {}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """An error as the client sees it."""
-
-    status: int
-    message: str
-    field: str | None = None
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def response(self) -> Response:
-        return JSONResponse(
-            ErrorBody(error=self.message, field=self.field).model_dump(), status_code=self.status, headers=self.headers
-        )
 
 
 def install(app: FastAPI) -> None:
@@ -53,9 +36,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _leave)
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """These error statuses for a route's ``responses``."""
-    return {status: {"model": ErrorBody} for status in statuses}
+def documented(*statuses: int, dialect: Dialect = LEGACY) -> dict[int | str, dict[str, Any]]:
+    """These error statuses for a route's ``responses``, as our other errors name them."""
+    return {dialect.statuses.get(status, status): {"model": dialect.model} for status in statuses}
 
 
 def problem_of(error: Exception, request_id: str) -> Problem:
@@ -65,9 +48,7 @@ def problem_of(error: Exception, request_id: str) -> Problem:
             return Problem(status=500, message=INTERNAL.format(request_id))
         case ServingError():
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded | NotServing) else {}
-            name = None if error.field is None else FIELD_NAMES.get(error.field, error.field)
-            message = error.message if name is None else f"{name}: {error.message}"
-            return Problem(status=error.status, message=message, field=name, headers=headers)
+            return Problem(status=error.status, message=error.message, field=error.field, headers=headers)
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():
@@ -85,7 +66,7 @@ async def _respond(request: Request, error: Exception) -> Response:
         logger.log(level, "request %s: %s: %s", request_id, type(error).__name__, error)
     # A 500 is answered outside the middleware that would add the id.
     problem.headers.setdefault("X-Request-Id", request_id)
-    return problem.response()
+    return problem.response(request.url.path)
 
 
 async def _leave(request: Request, error: Exception) -> Response:
@@ -103,7 +84,7 @@ def _invalid(error: RequestValidationError) -> Problem:
     name = _field_name(first["loc"])
     known = first["type"] != "extra_forbidden"
     message = first["msg"][0].lower() + first["msg"][1:] if known else "is not a field of this request"
-    return Problem(status=422, message=f"{name or 'the body'}: {message}", field=name)
+    return Problem(status=422, message=message if name else f"the body: {message}", field=name)
 
 
 def _field_name(place: tuple[int | str, ...]) -> str | None:

@@ -106,9 +106,9 @@ class Accepted:
                 answer = join(parts)
                 yield form.end(answer.text if self.parameters.return_full_text else None, self.details(answer))
         except ServingError as error:
-            request_id = self.call.request.state.request_id
-            logger.error("%s: %s", request_id, error)
-            yield form.error(problem_of(error, request_id).message)
+            request = self.call.request
+            logger.error("%s: %s", request.state.request_id, error)
+            yield form.error(problem_of(error, request.state.request_id).text(request.url.path))
         finally:
             self.stream.abort()
 
