@@ -81,6 +81,12 @@ class ModelRunner:
         self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
         self._prove_sharing()
 
+    def copy_blocks(self, copies: Ints) -> None:
+        """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``."""
+        for cache in (self._key_cache, self._value_cache):
+            by_block = cache.reshape(self.manifest.num_layers, self.num_blocks, *cache.shape[1:])
+            by_block[:, copies[:, 1]] = by_block[:, copies[:, 0]]
+
     def run(self, batch: StepBatch) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
 
