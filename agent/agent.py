@@ -15,6 +15,7 @@ from agent.protocol import Hello, ProtocolError, StepError, StepOutput, StepPlan
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
 from agent.step_batch import PlanError, StepBatch, StepShapes, read_plan
+from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class Agent:
         )
         self._runner = runner
         self._broken: RunnerBroken | None = None
-        self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size)
+        engine = GrammarEngine(runner.folder, manifest)
+        self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size, engine)
         self._shapes = StepShapes(
             vocab_size=manifest.vocab_size,
             context_length=manifest.context_length,

@@ -66,6 +66,7 @@ class ArithmeticModel:
         Raises:
             ManifestError: the folder does not hold what ``write_model`` wrote.
         """
+        self.folder = folder
         self.manifest = read_manifest(folder)
         verify_files(folder, self.manifest)
         block_size = self.manifest.block_size

@@ -60,9 +60,10 @@ class PreparedModel:
 
     num_blocks = 1 << 13
     cache_dtype = "float32"
+    folder = Path(__file__).parent.parent / "config" / "standin"
 
     def __init__(self, rows: int, vocab_size: int) -> None:
-        standin = read_manifest(Path(__file__).parent.parent / "config" / "standin")
+        standin = read_manifest(self.folder)
         self.manifest = msgspec.structs.replace(standin, vocab_size=vocab_size, block_size=BLOCK_SIZE)
         by_rank = -1.5 * np.log(np.arange(1, vocab_size + 1, dtype=np.float32))
         numbers = np.random.default_rng(0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from agent.protocol import SamplingParams as SamplingParams  # for client too, which does not know agents
 
+ConstraintKind = Literal["json_schema", "regex", "choice", "grammar"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -18,10 +19,20 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What an answer must be: JSON of a schema, a text that a regular expression or a grammar describes, a choice."""
+
+    kind: ConstraintKind
+    value: Any  # json_schema: an object; choice: a sequence of texts, at least one; else a text
+    field: str  # of the request, for errors
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationParams:
     """What a client asked for, validated once at the edge.
 
-    ``sampling`` goes to the agent; ``LLMServer.submit`` fills its ``end_token_ids``. The rest is kept by the server.
+    ``sampling`` goes to the agent; ``LLMServer.submit`` fills its ``end_token_ids`` and ``grammar``. The rest is kept
+    by the server.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -34,6 +45,7 @@ class GenerationParams:
     truncate: int | None = None  # keep only this many tokens at the prompt's end
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,306 @@
+"""Answers that must have a form: what the agent lets be said, and what the server takes for a grammar."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.arithmetic_model import END, VOCAB_SIZE
+from agent.logits import Logits
+from agent.protocol import Floats, SamplingParams, SeatReset, pack_ints
+from agent.sampler import Sampler
+from config.grammar_engine import GrammarEngine
+from config.manifest import read_manifest
+from config.serving_config import LimitsConfig
+from server.errors import InvalidRequest
+from server.grammar import MAX_WRITTEN_OUT, GrammarCompiler
+from server.request import Constraint, ConstraintKind
+
+STANDIN = Path(__file__).parent.parent / "config" / "standin"
+SEATS = 8
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "flat": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    "choices": {"enum": ["yes", "no", 1, None, {"a": [True]}]},
+    "array": {"type": "array", "items": {"type": "number", "minimum": -5, "maximum": 5}, "maxItems": 3},
+    "union": {
+        "anyOf": [
+            {"type": "object", "properties": {"é": {"const": "中"}}, "required": ["é"], "additionalProperties": False},
+            {"type": "string", "pattern": "^[a-c]{2,4}$"},
+            {"type": "boolean"},
+        ]
+    },
+    "tree": {
+        "$ref": "#/$defs/node",
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "value": {"type": "integer", "minimum": 0, "maximum": 9},
+                    "children": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2},
+                },
+                "required": ["value", "children"],
+                "additionalProperties": False,
+            }
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[GrammarEngine]:
+    opened = GrammarEngine(STANDIN, read_manifest(STANDIN))
+    yield opened
+    opened.close()
+
+
+def compiled(engine: GrammarEngine, kind: ConstraintKind, value: Any, **limits: Any) -> str:
+    compiler = GrammarCompiler(engine, LimitsConfig(**limits))
+    return asyncio.run(compiler.compile(Constraint(kind=kind, value=value, field="response_format")))
+
+
+def random_logits(steps: int, rows: int, seed: int) -> Floats:
+    return (np.random.default_rng(seed).normal(size=(steps, rows, VOCAB_SIZE)) * 4).astype(np.float32)
+
+
+def reset(params: SamplingParams, output: list[int] | None = None, seat: int = 0) -> SeatReset:
+    return SeatReset(seat=seat, params=params, prompt_ids=pack_ints([65]), output_ids=pack_ints(output or []))
+
+
+def answers(engine: GrammarEngine, logits: Floats, *resets: SeatReset) -> list[list[int]]:
+    """The tokens of requests that are sampled together, one for each of the steps, also after an end token."""
+    sampler = Sampler(SEATS, VOCAB_SIZE, engine)
+    for one in resets:
+        sampler.reset(one)
+    seats = np.array([one.seat for one in resets], np.int32)
+    return np.array([sampler.sample(Logits.of(step), seats) for step in logits]).T.tolist()
+
+
+def text(tokens: list[int]) -> str:
+    """The answer up to its end token."""
+    return bytes(tokens[: tokens.index(END)]).decode()
+
+
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.sampled_from([0, 1, 40]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    typical_p=st.sampled_from([1.0, 0.9]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 1.0]),
+    min_new_tokens=st.sampled_from([0, 40]),
+    end_token_ids=st.just((END,)),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_an_answer_that_ends_is_json_of_its_schema(engine: GrammarEngine, name: str) -> None:
+    grammar, ended = compiled(engine, "json_schema", SCHEMAS[name]), []
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(sampling, st.integers(0, 10**6))
+    def check(params: SamplingParams, seed: int) -> None:
+        params = msgspec.structs.replace(params, grammar=grammar)
+        [tokens] = answers(engine, random_logits(110, 1, seed), reset(params))
+        ended.append(END in tokens)
+        if ended[-1]:
+            jsonschema.validate(json.loads(text(tokens)), SCHEMAS[name])
+            assert set(tokens[tokens.index(END) :]) == {END}, "after its end a grammar lets nothing else be said"
+
+    check()
+    assert sum(ended) > len(ended) / 2
+
+
+def constrained(engine: GrammarEngine, **settings: Any) -> list[SamplingParams]:
+    """Different grammars and none, for a batch."""
+    plain = SamplingParams(temperature=1.0, end_token_ids=(END,), **settings)
+    grammars = [compiled(engine, "json_schema", SCHEMAS[name]) for name in ("flat", "tree", "union")]
+    grammars += [compiled(engine, "regex", r"[a-f]{3}( \d+)*"), compiled(engine, "choice", ["yes", 'no \x00/\\ "é'])]
+    return [plain, *(msgspec.structs.replace(plain, grammar=grammar) for grammar in grammars), SamplingParams()]
+
+
+def test_neighbours_do_not_matter(engine: GrammarEngine) -> None:
+    """Each row gets the tokens that it gets alone; one without a grammar those that it gets without such neighbours."""
+    params, logits = constrained(engine, repetition_penalty=1.3), random_logits(60, 7, seed=1)
+    together = answers(engine, logits, *(reset(one, seat=seat) for seat, one in enumerate(params)))
+    alone = [answers(engine, logits[:, [i]], reset(one))[0] for i, one in enumerate(params)]
+    assert together == alone
+    assert re.fullmatch(r"[a-f]{3}( \d+)*", text(together[4]))
+    assert text(together[5]) in ("yes", 'no \x00/\\ "é')
+
+
+@pytest.mark.parametrize("preempted_after", [0, 1, 7, 33, 59])
+def test_preemption_does_not_matter(engine: GrammarEngine, preempted_after: int) -> None:
+    for params in constrained(engine):
+        logits = random_logits(60, 1, seed=preempted_after)
+        [tokens] = answers(engine, logits, reset(params))
+        before = tokens[:preempted_after]
+        [after] = answers(engine, logits[preempted_after:], reset(params, before))
+        assert before + after == tokens
+
+
+def test_logits_are_as_before_and_log_probabilities_are_of_them(engine: GrammarEngine) -> None:
+    logits = Logits.of(random_logits(1, 1, seed=2)[0])
+    values, maxima = logits.values.copy(), logits.maxima.copy()
+    sampler, seat = Sampler(SEATS, VOCAB_SIZE, engine), np.array([0], np.int32)
+    sampler.reset(reset(SamplingParams(logprobs=True, grammar=compiled(engine, "regex", "[xy]"))))
+    [token] = sampler.sample(logits, seat)
+    assert token == max(b"xy", key=lambda byte: values[0, byte])
+    assert (logits.values == values).all()
+    assert (logits.maxima == maxima).all()
+    [logprob], _, _ = sampler.logprobs(logits, seat, np.array([token]))
+    assert logprob == pytest.approx(values[0, token] - np.log(np.exp(values[0].astype(np.float64)).sum()), abs=1e-5)
+
+
+def test_the_end_is_allowed_where_the_grammar_may_end(engine: GrammarEngine) -> None:
+    """The model wants to end at once, or never; min_new_tokens counts only while there is something else to say."""
+    eager, never = np.zeros((12, 1, VOCAB_SIZE), np.float32), np.zeros((12, 1, VOCAB_SIZE), np.float32)
+    eager[..., END], never[..., END] = 9.0, -9.0
+    params = SamplingParams(end_token_ids=(END,), grammar=compiled(engine, "regex", "ab(cd){0,2}"))
+    assert text(answers(engine, eager, reset(params))[0]) == "ab"
+    assert text(answers(engine, never, reset(params))[0]) == "abcdcd"
+    params = msgspec.structs.replace(params, min_new_tokens=4)
+    assert text(answers(engine, eager, reset(params))[0]) == "abcd"
+    params = msgspec.structs.replace(params, min_new_tokens=9)
+    assert text(answers(engine, eager, reset(params))[0]) == "abcdcd"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "no grammar",
+        '{"grammars": 1}',
+        "start: /[^\\s\\S]/",
+        'start: "a" </s> "b"',
+        'start: a*\na: b* c* d*\nb: "x"?\nc: "x"?\nd: "x"?',
+        "start: T\nT: (/.*a.{9}/ & /.*b.{9}/ & /.*c.{9}/)",
+    ],
+    ids=["nonsense", "wrong", "nothing", "end token", "ambiguous", "large"],
+)
+def test_a_grammar_that_cannot_go_on_ends_its_answer_and_nothing_else(engine: GrammarEngine, grammar: str) -> None:
+    """A grammar that the server would have refused, or one that reaches a limit later."""
+    broken = SamplingParams(end_token_ids=(END,), grammar=grammar)
+    logits = random_logits(150, 2, seed=5)
+    ended, other = answers(engine, logits, reset(broken), reset(SamplingParams(), seat=1))
+    assert ended[-1] == END
+    assert other == logits[:, 1].argmax(axis=1).tolist()
+
+
+REFUSED: list[tuple[ConstraintKind, Any, str]] = [
+    ("json_schema", {"type": "strnig"}, "Invalid type: strnig"),
+    ("json_schema", {"$ref": "http://127.0.0.1/schema.json"}, "does not fetch"),
+    ("json_schema", {"$ref": "file:///etc/passwd"}, "does not fetch"),
+    ("json_schema", {"$ref": "#/$defs/a"}, "does not exist"),
+    ("json_schema", {"$ref": "#"}, "describes no text"),
+    ("json_schema", {"$ref": "#/a", "a": {"anyOf": [{"$ref": "#/a"}]}}, "describes no text"),
+    ("json_schema", {"not": {"type": "null"}}, 'Unimplemented keys: ["not"]'),
+    ("json_schema", {"not": {}, "x-guidance": {"lenient": True}}, 'Unimplemented keys: ["not"]'),
+    ("json_schema", {"enum": []}, "Unsatisfiable"),
+    ("json_schema", {"enum": [f"value {i}" for i in range(100_000)]}, "at most 32768"),
+    ("json_schema", {"description": "x" * 10**6}, "at most 32768"),
+    ("json_schema", {"minimum": float("nan")}, "no JSON"),
+    ("json_schema", {"type": "string", "pattern": "^(a{500}){500}$"}, "written out"),
+    ("json_schema", {"patternProperties": {"^(a{500}){500}$": {}}}, "written out"),
+    ("json_schema", {"properties": {f"p{i}": {} for i in range(2_000)}}, "cannot be used"),
+    ("regex", "(", "unclosed group"),
+    ("regex", "(?=a)b", "look-ahead"),
+    ("regex", r"(a)\1", "backreferences"),
+    ("regex", r"[^\s\S]", "describes no text"),
+    ("regex", "x(a{1000}){1000}", "written out"),
+    ("regex", "(((((a{10}){10}){10}){10}){10}){10}", "written out"),
+    ("regex", "(" * 10_000 + ")" * 10_000, "cannot be used"),
+    ("choice", ["\ud800"], "no JSON"),
+    ("grammar", "start: nothing", "nothing"),
+    ("grammar", "start: a\na: a", "describes no text"),
+    ("grammar", "start: b{1000}\nb: /a{1000}/", "written out"),
+    ("grammar", "start: " + "(" * 10_000 + '"a"' + ")" * 10_000, "deeply nested"),
+    ("grammar", 'root ::= "a" | missing', "missing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "reason"), REFUSED, ids=[str(i) for i in range(len(REFUSED))])
+def test_what_cannot_be_used_is_refused_with_the_reason(
+    engine: GrammarEngine, kind: ConstraintKind, value: Any, reason: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        compiled(engine, kind, value)
+    assert refused.value.field == "response_format"
+    assert reason in refused.value.message
+    assert len(refused.value.message) < 400
+
+
+def nested_schema(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize("levels", [200, 900, 50_000])
+def test_nested_schemas_are_refused(engine: GrammarEngine, levels: int) -> None:
+    with pytest.raises(InvalidRequest):
+        compiled(engine, "json_schema", nested_schema(levels))
+
+
+def test_definitions_that_lead_to_each_other_are_no_deeper_than_the_stack(engine: GrammarEngine) -> None:
+    """A chain that ends a thread of the usual stack, and the process with it."""
+    chain = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"type": "null"}]} for i in range(1_000)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**chain, "a1000": {"type": "boolean"}}}
+    assert compiled(engine, "json_schema", schema, max_grammar_bytes=1 << 20)
+    rules = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4_000)) + 'r4000: "a"'
+    assert compiled(engine, "grammar", rules, max_grammar_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("regex", "taken"),
+    [
+        (r"[]{]{3}a{2,5}\p{L}{30}\x{41}[a[^]b]{9}]", True),
+        (r"\{99999\}", True),
+        (r"[{99999}]", True),
+        (r"\p{Greek}{9999}", True),
+        (r"\p{Greek}{10001}", False),
+        (r"[^]]{10001}", False),
+        (r"(\(a[)]){4000}", False),
+        (f"a{{{MAX_WRITTEN_OUT}}}", True),
+        (f"a{{0,{MAX_WRITTEN_OUT + 1}}}", False),
+        (f"a{{{'9' * 400}}}", False),
+        ("(?:a{100}|b){90}", True),
+    ],
+)
+def test_counted_repetitions_are_written_out_to_a_limit(engine: GrammarEngine, regex: str, taken: bool) -> None:
+    if taken:
+        assert compiled(engine, "regex", regex)
+    else:
+        with pytest.raises(InvalidRequest, match="written out"):
+            compiled(engine, "regex", regex)
+
+
+def test_a_compiler_is_given_so_much_time(engine: GrammarEngine) -> None:
+    with pytest.raises(InvalidRequest, match="s to compile; at most 1e-09 s"):
+        compiled(engine, "regex", "a+", max_grammar_seconds=1e-9)
+
+
+def test_a_model_without_end_token_cannot_end_a_form() -> None:
+    manifest = read_manifest(STANDIN)
+    rules = msgspec.structs.replace(manifest.tokenizer, eos_token_ids=())
+    endless = GrammarEngine(STANDIN, msgspec.structs.replace(manifest, tokenizer=rules))
+    with pytest.raises(InvalidRequest, match="needs a model with an end token"):
+        compiled(endless, "regex", "a+")
