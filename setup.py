@@ -36,6 +36,7 @@ setup(
         "PyYAML",
         "tokenizers",
         "jinja2",  # chat templates, sandboxed
+        "llguidance",  # structured output
         "prometheus-client",
         "gguf",  # checkpoints
         "protobuf",  # MindIR files and SentencePiece models
@@ -48,6 +49,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "jsonschema",
             "httpx",
             "psutil",
             "safetensors",

@@ -121,6 +121,7 @@ class Agent:
         return StepOutput(
             step_id=plan.step_id,
             token_ids=pack_ints(token_ids),
+            failed_rows=pack_ints(self._sampler.failed(sampling.seats)),
             logprobs=pack_floats(logprobs),
             top_ids=pack_ints(top_ids),
             top_logprobs=pack_floats(top_values),

@@ -34,44 +34,45 @@ class GrammarState:
         self.failed = False
         self._engine = engine
         self._matcher: LLMatcher | None = None
-        self._bits = engine.submit(self._start, grammar, output_ids.tolist())
+        self._mask = engine.submit(self._start, grammar, output_ids.tolist())
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, ``[vocab]``; always some."""
-        size = self._engine.vocab_size
-        error = self._bits.exception()
+        error = self._mask.exception()
         if error is None:
-            bits = np.frombuffer(self._bits.result(), np.uint8)
-            return np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
+            return self._mask.result()
         if not self.failed:
             logger.warning("an answer ends because its grammar cannot go on: %s", error)
             self.failed = True
-        mask = np.zeros(size, np.bool_)
+        mask = np.zeros(self._engine.vocab_size, np.bool_)
         mask[self._engine.end_token_ids] = True
         return mask
 
     def advance(self, token: int) -> None:
         """The answer goes on with ``token``, one of the allowed."""
         if not self.failed:
-            self._bits = self._engine.submit(self._follow, token)
+            self._mask = self._engine.submit(self._follow, token)
 
-    def _start(self, grammar: str, output_ids: list[int]) -> bytes:
+    def _start(self, grammar: str, output_ids: list[int]) -> NDArray[np.bool_]:
         self._matcher = self._engine.matcher(grammar)
         return self._after(output_ids)
 
-    def _follow(self, token: int) -> bytes:
+    def _follow(self, token: int) -> NDArray[np.bool_]:
         return self._after([token])
 
-    def _after(self, tokens: list[int]) -> bytes:
-        """The mask after more tokens, a bit for each of the vocabulary. What follows a complete answer is let pass."""
+    def _after(self, tokens: list[int]) -> NDArray[np.bool_]:
+        """What may follow these tokens. What comes after a complete answer is let pass."""
         matcher = self._matcher
         assert matcher is not None, "_start is the first job"
         for token in tokens:
             if not matcher.is_stopped():
                 matcher.consume_token(token)
-        bits = matcher.compute_bitmask()
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
             raise GrammarFailed(matcher.get_error())
-        if bits.count(0) == len(bits):
+        mask = np.unpackbits(bits, count=self._engine.vocab_size, bitorder="little").view(np.bool_)
+        if not matcher.is_accepting():
+            mask[self._engine.end_token_ids] = False  # a grammar may name them anywhere
+        if not mask.any():
             raise GrammarFailed("no token of the vocabulary can follow")
-        return bits
+        return mask

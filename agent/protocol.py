@@ -106,6 +106,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
 
     step_id: int
     token_ids: bytes  # int32 [S]
+    failed_rows: bytes = b""  # int32, among the S: their grammars cannot go on, and they got an end token for that
     logprobs: bytes = b""  # float32 [S], NaN where not asked for; empty if no row asked
     top_ids: bytes = b""  # int32 [S, N], best first; N is the most that a row asked for
     top_logprobs: bytes = b""  # float32 [S, N]

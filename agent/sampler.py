@@ -92,6 +92,14 @@ class Sampler:
         self._append(tokens, seats)
         return tokens
 
+    def failed(self, seats: Ints) -> list[int]:
+        """Which of these rows have a grammar that cannot go on."""
+        return [
+            int(row)
+            for row in np.flatnonzero(self._constrained[seats])
+            if (state := self._grammars[seats[row]]) and state.failed
+        ]
+
     def logprobs(self, logits: Logits, seats: Ints, token_ids: NDArray[np.int64]) -> tuple[Floats, Ints, Floats]:
         """Log-probabilities ``[S]`` of the chosen tokens, then ids and log-probabilities ``[S, N]`` of the best.
 

@@ -27,6 +27,12 @@ class StepResult:
         """All that took part."""
         return [row.request for row in self._step.rows]
 
+    def failed(self) -> Iterator[Request]:
+        """Those whose answers cannot go on as their grammars demand; their next tokens mean nothing."""
+        sampled = [row.request for row in self._step.rows if row.samples]
+        for row in ints(self.output.failed_rows):
+            yield sampled[row]
+
     def tokens(self) -> Iterator[tuple[Request, Scored]]:
         """The next token of each sampled row."""
         output, count = self.output, len(self.token_ids)
