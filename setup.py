@@ -49,6 +49,10 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "httpx",
+            "httpx-sse",  # clients that people reach the server with
+            "sseclient-py",
+            "huggingface_hub",
+            "schemathesis",  # asks what /openapi.json promises
             "psutil",
             "safetensors",
             "scipy",

@@ -27,6 +27,7 @@ from sse_starlette.sse import AppStatus
 
 from client.deployment import Deployment
 from client.http_edge import MAX_HEADER_BYTES, HttpEdge, JsonH11Protocol
+from client.openapi import describe
 from client.routes import errors, models, operations, tgi
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
@@ -77,6 +78,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     app.include_router(models.router)
     app.include_router(operations.router)
     app.include_router(tgi.router)
+    describe(app, deployment)
     return app
 
 

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from sse_starlette.sse import EventSourceResponse
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from client.deployment import Deployment, ServedModel
 from client.routes.connected import check_complete, collect_while_connected
 from client.routes.errors import documented, problem_of
+from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
 from client.routes.problem import TGI
 from client.schemas.details import FINISH_REASONS, details_of
-from client.schemas.tgi import MAX_BEST_OF, StreamEvent, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
+from client.schemas.tgi import MAX_BEST_OF, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
 from config.version import __version__
 from server.errors import ServingError
 from server.request import TokenLogprob
@@ -26,7 +27,7 @@ from server.request_stream import Increment, RequestStream
 
 PING_SECONDS = 15  # as Text Generation Inference does
 ROUTER = "mindspore-llm-serving"
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamEvent"}}}
+STREAM = event_stream({"$ref": "#/components/schemas/StreamEvent"})
 ERRORS = documented(400, 413, 415, 422, 429, 431, 500, 503, dialect=TGI)
 
 encode = msgspec.json.Encoder().encode
@@ -36,19 +37,11 @@ router = APIRouter(tags=["Text Generation Inference"])
 accepts_json = [Depends(require_json)]
 
 
-class Json(Response):
-    """A JSON answer, in UTF-8."""
-
-    media_type = "application/json"
+class Json(JSONResponse):
+    """A JSON answer from plain values."""
 
     def render(self, content: Any) -> bytes:
         return encode(content)
-
-
-class Events(EventSourceResponse):
-    """Server-sent events."""
-
-    media_type = "text/event-stream"
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ class Accepted:
 
     def streamed(self) -> Response:
         """The only answer as it comes."""
-        return Events(self._events(self.streams[0]), ping=PING_SECONDS)
+        return EventSourceResponse(self._events(self.streams[0]), ping=PING_SECONDS)
 
     def _details(self, answer: Increment, number: int) -> dict[str, Any]:
         top_n_tokens = self.parameters.top_n_tokens
@@ -199,8 +192,8 @@ async def generate(call: ToFirst, body: TgiRequest) -> Response:
 @router.post(
     "/generate_stream",
     dependencies=accepts_json,
-    response_class=Events,
-    responses={200: {"model": StreamEvent}, **ERRORS},
+    response_class=Response,
+    responses={200: {"content": STREAM}, **ERRORS},
 )
 async def generate_stream(call: ToFirst, body: TgiRequest) -> Response:
     """The answer as a stream, one event a token, whatever `stream` says."""

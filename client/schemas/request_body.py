@@ -20,12 +20,12 @@ RANDOM_SEED_BITS = 53  # a reported seed survives a client whose numbers are dou
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
-_NOTHING: tuple[object, ...] = (None, False, "False", "false", "", [], {})
+NOTHING: tuple[object, ...] = (None, False, "False", "false", "", [], {})
 
 
 def says_nothing(value: object) -> bool:
     """Whether a field has no effect with this value: null, false or empty."""
-    return any(value == nothing and type(value) is type(nothing) for nothing in _NOTHING)
+    return any(value == nothing and type(value) is type(nothing) for nothing in NOTHING)
 
 
 class RequestBody(BaseModel):
@@ -58,7 +58,7 @@ class RequestBody(BaseModel):
         for name, field in schema["properties"].items():
             if not cls.model_fields[name].is_required():
                 _allow_null(field)
-        nothing = list(_NOTHING)
+        nothing = list(NOTHING)
         for name, value in cls.harmless_values.items():
             schema["properties"].setdefault(name, {"enum": [value, *nothing], "default": value})
         schema["additionalProperties"] = {"enum": nothing}

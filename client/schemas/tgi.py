@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details, FinishReason, Token
 from client.schemas.request_body import (
     MAX_SEED,
     MAX_TOKENS_FIELD,
+    NOTHING,
     RequestBody,
     StopString,
     check_limits,
@@ -36,7 +37,7 @@ def _refuse(value: object) -> None:
 
 
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Unsupported = Annotated[None, BeforeValidator(_refuse, json_schema_input_type=Literal[False, ""] | None)]
+Unsupported = Annotated[None, BeforeValidator(_refuse), WithJsonSchema({"enum": list(NOTHING)})]
 
 
 class TgiParameters(RequestBody):
