@@ -51,6 +51,10 @@ setup(
             "hypothesis",
             "jsonschema",
             "httpx",
+            "httpx-sse",  # clients that people reach the server with
+            "sseclient-py",
+            "huggingface_hub",
+            "schemathesis",  # asks what /openapi.json promises
             "psutil",
             "safetensors",
             "scipy",

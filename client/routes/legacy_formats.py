@@ -7,18 +7,27 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from sse_starlette.sse import EventSourceResponse
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 PING_SECONDS = 600
 RETRY_MILLISECONDS = 30_000
 
+EVENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "retry", "data"],
+    "properties": {
+        "event": {"enum": ["message", "error"]},
+        "retry": {"const": RETRY_MILLISECONDS},
+        "data": {"type": ["string", "integer"]},
+        "details": {"$ref": "#/components/schemas/Details"},
+    },
+}
+
 encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class JsonLine(Response):
+class JsonLine(JSONResponse):
     """One JSON object and a newline."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return (encode(content) + "\n").encode()
