@@ -24,9 +24,15 @@ from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import Constraint, ConstraintKind
+from server.tool_calls import tool_grammar
 
 MAX_WRITTEN_OUT = 10_000  # characters of a regular expression when its counted repetitions are written out
-_WHITE_SPACE = r"[ \t\n\r]{0,20}"  # without a bound, a small model that has nothing to say writes nothing else
+_JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_pattern": r"[ \t\n\r]{0,20}",  # without a bound, a model with nothing to say writes nothing else
+    "whitespace_flexible": True,
+    "lenient": False,  # a keyword that cannot be kept is an error
+    "coerce_one_of": False,
+}
 CACHED = 128  # grammars, those that cannot be used too
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _ANY_COUNT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
@@ -115,7 +121,7 @@ def check_repetitions(kind: ConstraintKind, source: str) -> None:
     """
     if kind == "regex":
         size = _written_out(source)
-    elif kind == "json_schema":
+    elif kind in ("json_schema", "tool_calls"):
         size = max((_written_out(pattern) for pattern in _patterns(json.loads(source))), default=0)
     elif kind == "grammar":
         size = 1
@@ -208,21 +214,16 @@ def _grammar(kind: ConstraintKind, source: str) -> str:
             return LLMatcher.grammar_from_regex(source)
         case "choice":
             return LLMatcher.grammar_from_regex("|".join(map(_literal, json.loads(source))))
+        case "tool_calls":
+            return LLMatcher.grammar_from_lark(tool_grammar(json.loads(source), _JSON_OPTIONS))
         case "grammar":
             return LLMatcher.grammar_from_lark(source)
 
 
 def _json_grammar(schema: str) -> str:
+    options: Any = _JSON_OPTIONS  # the library has a type of its own for them, which cannot be imported
     try:
-        return LLMatcher.grammar_from_json_schema(
-            schema,
-            overrides={
-                "whitespace_pattern": _WHITE_SPACE,
-                "whitespace_flexible": True,
-                "lenient": False,  # a keyword that cannot be kept is an error
-                "coerce_one_of": False,
-            },
-        )
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         raise GrammarError(_reason(str(error))) from None
 

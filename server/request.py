@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from agent.protocol import SamplingParams as SamplingParams  # for client too, which does not know agents
 
-ConstraintKind = Literal["json_schema", "regex", "choice", "grammar"]
+ConstraintKind = Literal["json_schema", "regex", "choice", "grammar", "tool_calls"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -20,10 +20,11 @@ class Status(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """What an answer must be: JSON of a schema, a text that a regular expression or a grammar describes, a choice."""
+    """What an answer must be: JSON of a schema, a text that a regular expression or a grammar describes, a choice, or
+    text and calls of tools (``server.tool_calls``)."""
 
     kind: ConstraintKind
-    value: Any  # json_schema: an object; choice: a sequence of texts, at least one; else a text
+    value: Any  # json_schema and tool_calls: an object; choice: a list of texts, at least one; else a text
     field: str  # of the request, for errors
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import msgspec
 import numpy as np
@@ -310,3 +311,63 @@ def test_a_model_without_end_token_cannot_end_a_form() -> None:
     endless = GrammarEngine(STANDIN, msgspec.structs.replace(manifest, tokenizer=rules))
     with pytest.raises(InvalidRequest, match="needs a model with an end token"):
         compiled(endless, "regex", "a+")
+
+
+def asked(client: httpx.Client, grammar: Any, *, stream: bool = False, **parameters: Any) -> httpx.Response:
+    body = {"inputs": "hi", "parameters": {"grammar": grammar, "details": True, **parameters}}
+    return client.post("/generate_stream" if stream else "/generate", json=body)
+
+
+def streamed_text(response: httpx.Response) -> tuple[str, str]:
+    """Text and finish reason of a stream."""
+    events = [json.loads(line.removeprefix("data:")) for line in response.text.splitlines() if line]
+    assert (
+        "".join(event["token"]["text"] for event in events if not event["token"]["special"])
+        == events[-1]["generated_text"]
+    )
+    return events[-1]["generated_text"], events[-1]["details"]["finish_reason"]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_answers_over_http_are_json_of_their_schema(client: httpx.Client, name: str) -> None:
+    grammar = {"type": "json", "value": SCHEMAS[name]}
+    for parameters in ({}, {"temperature": 1.0, "seed": 3}):
+        full = asked(client, grammar, max_new_tokens=400, **parameters).json()
+        text, reason = streamed_text(asked(client, grammar, stream=True, max_new_tokens=400, **parameters))
+        assert text == full["generated_text"]
+        assert reason == full["details"]["finish_reason"]
+        if reason == "eos_token":
+            jsonschema.validate(json.loads(text), SCHEMAS[name])
+
+
+def test_other_forms_over_http(client: httpx.Client) -> None:
+    answer = asked(client, {"type": "regex", "value": "[0-9]{3}-(yes|no)"}).json()
+    assert re.fullmatch("[0-9]{3}-(yes|no)", answer["generated_text"])
+    assert answer["details"]["finish_reason"] == "eos_token"
+    named = {"type": "json_schema", "value": {"name": "choice", "schema": SCHEMAS["choices"]}}
+    assert json.loads(asked(client, named).json()["generated_text"]) in SCHEMAS["choices"]["enum"]
+
+
+def test_grammars_that_are_none_are_refused_over_http_and_the_server_lives_on(client: httpx.Client) -> None:
+    deep: dict[str, Any] = nested_schema(500)
+    for grammar in (
+        {"type": "json", "value": {"$ref": "http://127.0.0.1/"}},
+        {"type": "json", "value": {"type": "string", "pattern": "^((a{99}){99}){99}$"}},
+        {"type": "json", "value": {"description": "x" * 10**6}},
+        {"type": "json", "value": deep},
+        {"type": "json", "value": {"enum": [f"value {i}" for i in range(50_000)]}},
+        {"type": "regex", "value": "(a+)+("},
+    ):
+        refused = asked(client, grammar)
+        assert refused.status_code == 422, refused.text
+        assert refused.json()["error"].startswith("grammar: "), refused.text
+        assert refused.json()["error_type"] == "validation"
+    assert asked(client, {"type": "regex", "value": "(a|a)+b"}, max_new_tokens=20).status_code == 200
+
+
+def test_an_answer_that_gets_too_complex_ends_with_an_error(client: httpx.Client) -> None:
+    """A limit that is reached in the middle is not shown as a complete answer."""
+    hard = {"type": "regex", "value": "[a-z]*(.*a.{9}&.*)" + "|".join(f".*{c}.{{40}}" for c in "abcdef")}
+    failed = asked(client, hard, max_new_tokens=200, temperature=1.0, seed=1)
+    assert failed.status_code == 424, failed.text
+    assert "too complex" in failed.json()["error"]

@@ -12,6 +12,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from client.schemas.answer_form import TgiGrammar, tgi_constraint
 from client.schemas.details import Details, FinishReason, Token
 from client.schemas.request_body import (
     MAX_SEED,
@@ -72,7 +73,7 @@ class TgiParameters(RequestBody):
     top_n_tokens: StrictInt = Field(0, ge=0, description="in details and stream events: so many best tokens a step")
     watermark: Unsupported = Field(None, description="not supported: only false")
     adapter_id: Unsupported = Field(None, description="not supported: only null")
-    grammar: Unsupported = Field(None, description="not supported: only null")
+    grammar: TgiGrammar | None = Field(None, description="what form the answer must have")
 
     @property
     def wants_details(self) -> bool:
@@ -99,6 +100,7 @@ class TgiParameters(RequestBody):
             stop=tuple(self.stop),
             truncate=self.truncate,
             prompt_logprobs=self.decoder_input_details,
+            constraint=tgi_constraint(self.grammar) if self.grammar else None,
         )
 
     def _check(self, limits: LimitsConfig, stream: bool) -> None:
