@@ -216,7 +216,7 @@ def test_a_stop_string_ends_the_answer_before_it(client: httpx.Client) -> None:
         ({"best_of": MAX_BEST_OF + 1, "do_sample": True}, "best_of"),
         ({"watermark": True}, "watermark"),
         ({"adapter_id": "one"}, "adapter_id"),
-        ({"grammar": {"type": "json", "value": {}}}, "grammar"),
+        ({"grammar": {"type": "json", "value": 5}}, "grammar"),
         ({"ignore_eos": True}, "ignore_eos"),
     ],
     ids=str,
