@@ -19,7 +19,7 @@ from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
 from client.routes.problem import TGI
 from client.schemas.details import FINISH_REASONS, details_of
-from client.schemas.tgi import MAX_BEST_OF, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
+from client.schemas.tgi import MAX_BEST_OF, StreamEvent, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
 from config.version import __version__
 from server.errors import ServingError
 from server.request import TokenLogprob
@@ -27,7 +27,7 @@ from server.request_stream import Increment, RequestStream
 
 PING_SECONDS = 15  # as Text Generation Inference does
 ROUTER = "mindspore-llm-serving"
-STREAM = event_stream({"$ref": "#/components/schemas/StreamEvent"})
+STREAM = event_stream(StreamEvent)
 ERRORS = documented(400, 413, 415, 422, 429, 431, 500, 503, dialect=TGI)
 
 encode = msgspec.json.Encoder().encode

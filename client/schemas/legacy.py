@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details
@@ -77,9 +77,9 @@ def _clamp_top_p(value: float) -> float:
     return min(max(value, 0.01), 1.0)
 
 
-Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str | None)]
-Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str | None)]
-Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str | None)]
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str)]
+Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str)]
+Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str)]
 
 
 class LegacyParameters(RequestBody):
@@ -168,6 +168,10 @@ class LegacyParameters(RequestBody):
 class LegacyRequest(RequestBody):
     """A prompt and how to answer it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": "The sea is", "parameters": {"max_new_tokens": 20}}]}
+    )
+
     harmless_values: ClassVar[Mapping[str, int]] = HARMLESS_VALUES
 
     inputs: str = Field(min_length=1, description="the prompt")
@@ -180,3 +184,12 @@ class LegacyAnswer(BaseModel):
 
     generated_text: str
     details: Details | None = None
+
+
+class LegacyEvent(BaseModel):
+    """The data of one server-sent event, as the older system's clients expect it."""
+
+    event: Literal["message", "error"]
+    retry: Literal[30_000] = Field(description="milliseconds")
+    data: str | int = Field(description="the text of a step; at last, with return_full_text, of all steps; a number")
+    details: Details | None = Field(None, description="in the last event, if asked for")

@@ -84,6 +84,8 @@ def random_seed() -> int:
 
 def _allow_null(field: dict[str, Any]) -> None:
     """Let a property's schema take null too."""
+    if "enum" in field:
+        return  # of what says nothing, null among it
     choices = field.get("anyOf")
     if choices is None:
         kept: dict[str, Any] = {name: field.pop(name) for name in ("title", "description", "default") if name in field}

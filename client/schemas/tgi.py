@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details, FinishReason, Token
@@ -137,6 +147,12 @@ class TgiParameters(RequestBody):
 
 class TgiRequest(RequestBody):
     """A prompt and how to answer it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"inputs": "The sea is", "parameters": {"max_new_tokens": 20, "details": True}}]
+        }
+    )
 
     inputs: StrictStr = Field(min_length=1, description="the prompt, taken as it is")
     parameters: TgiParameters = TgiParameters()
