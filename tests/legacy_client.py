@@ -58,10 +58,12 @@ def full_queue(client: httpx.Client) -> Iterator[None]:
     """Long streams on both seats and both places in the queue of ``slow_standin``."""
     busy = {"inputs": "hi", "parameters": {"ignore_eos": True, "max_new_tokens": 4000}}
     with contextlib.ExitStack() as streams:
+        read = []  # a forgotten iterator would close its stream
         for number in range(4):
             opened = client.stream("POST", "/models/llama2/generate_stream", json=busy)
             response = streams.enter_context(opened)
             assert response.status_code == 200
+            read.append(response.iter_raw())
             if number < 2:
-                next(response.iter_raw())  # it has its seat
+                next(read[-1])  # it has its seat
         yield

@@ -22,7 +22,7 @@ def run_schemathesis(deployment: Serving, folder: Path, *options: str) -> None:
     """Let schemathesis ask valid and invalid requests; a failure shows its report."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{deployment.url}/openapi.json"]
     command += ["--mode=all", f"--exclude-checks={LEFT_OUT}", f"--request-timeout={START_SECONDS}", "--no-color"]
-    command += ["--generation-database=none", *options]
+    command += ["--generation-database=none", *options]  # in the test's own folder, where it keeps a cache
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
