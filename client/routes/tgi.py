@@ -83,7 +83,7 @@ class Accepted:
     async def full(self) -> dict[str, Any]:
         """The likeliest answer, once all are there."""
         answers = await collect_while_connected(self.streams, self.call.request)
-        best = max(range(len(answers)), key=lambda i: _total_logprob(answers[i])) if len(answers) > 1 else 0
+        best = max(range(len(answers)), key=lambda i: _total_logprob(answers[i]))
         content: dict[str, Any] = {"generated_text": self.prefix + answers[best].text}
         if self.parameters.wants_details:
             content["details"] = self._details(answers[best], best)

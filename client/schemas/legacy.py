@@ -17,7 +17,6 @@ from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details
 from client.schemas.request_body import (
-    MAX_SEED,
     MAX_TOKENS_FIELD,
     RequestBody,
     StopString,
@@ -141,9 +140,7 @@ class LegacyParameters(RequestBody):
         )
 
     def _check(self, limits: LimitsConfig) -> None:
-        check_limits(self.stop, self.top_n_tokens, limits)
-        if self.seed is not None and self.seed > MAX_SEED:
-            raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
+        check_limits(self.stop, self.top_n_tokens, self.seed, limits)
         most = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         if self.min_new_tokens > most:
             raise InvalidRequest(f"must be at most max_new_tokens, which is {most}", "min_new_tokens")

@@ -24,7 +24,6 @@ from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details, FinishReason, Token
 from client.schemas.request_body import (
-    MAX_SEED,
     MAX_TOKENS_FIELD,
     NOTHING,
     RequestBody,
@@ -112,9 +111,7 @@ class TgiParameters(RequestBody):
         )
 
     def _check(self, limits: LimitsConfig, stream: bool) -> None:
-        check_limits(self.stop, self.top_n_tokens, limits)
-        if self.seed is not None and self.seed > MAX_SEED:
-            raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
+        check_limits(self.stop, self.top_n_tokens, self.seed, limits)
         if stream and self.decoder_input_details:
             raise InvalidRequest("cannot be had in a stream", "decoder_input_details")
         if self.best_of is None or self.best_of == 1:
