@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +13,10 @@ from default_model import PROMPTS, default_model
 from httpx_sse import connect_sse
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import OverloadedError, ValidationError
+from legacy_client import full_queue
 from serving_processes import Serving, serving
 
 from agent.arithmetic_model import answer
-
-LONG = {"ignore_eos": True, "max_new_tokens": 4000}
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +99,8 @@ def test_hugging_face_knows_our_errors(standin: Serving) -> None:
 
 
 def test_hugging_face_knows_overload(slow_standin: Serving) -> None:
-    client = slow_standin.client()
-    with contextlib.ExitStack() as streams:
-        for _ in range(4):  # two seats, two places in the queue
-            streams.enter_context(client.stream("POST", "/models/llama2/generate_stream", json=body("hi", LONG)))
-        with pytest.raises(OverloadedError):
-            InferenceClient(model=slow_standin.url).text_generation("hi")
+    with full_queue(slow_standin.client()), pytest.raises(OverloadedError):
+        InferenceClient(model=slow_standin.url).text_generation("hi")
 
 
 def body(inputs: str, parameters: dict[str, Any]) -> dict[str, Any]:

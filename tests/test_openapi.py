@@ -9,7 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving_processes import START_SECONDS, Serving
+from serving_processes import ROOT, START_SECONDS, Serving
+
+from client import api_document
 
 # Bounds that depend on each other, on the prompt or on the deployment cannot stand in a schema: a request that keeps to
 # it may be refused. All other checks are on; among them: no 5xx, statuses and bodies as documented, wrong data refused.
@@ -20,7 +22,7 @@ def run_schemathesis(deployment: Serving, folder: Path, *options: str) -> None:
     """Let schemathesis ask valid and invalid requests; a failure shows its report."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{deployment.url}/openapi.json"]
     command += ["--mode=all", f"--exclude-checks={LEFT_OUT}", f"--request-timeout={START_SECONDS}", "--no-color"]
-    command += ["--generation-database=none", *options]
+    command += ["--generation-database=none", *options]  # in the test's own folder, where it keeps a cache
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -50,3 +52,9 @@ def test_the_served_names_are_those_that_a_path_takes(client: httpx.Client) -> N
     paths = client.get("/openapi.json").json()["paths"]
     [name] = paths["/models/{model}"]["post"]["parameters"]
     assert name["schema"]["enum"] == ["llama2", "internlm", "internlm-chat", "chat"]
+
+
+def test_the_document_of_the_routes_is_what_the_app_says(client: httpx.Client) -> None:
+    written = (ROOT / api_document.DOCUMENT).read_text(encoding="utf-8")
+    said = api_document.document(client.get("/openapi.json").json())
+    assert written == said, "run python -m client.api_document"

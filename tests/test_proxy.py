@@ -131,7 +131,8 @@ def test_a_whole_answer_comes_through(proxy: httpx.Client, slow_standin: Serving
 def test_a_client_that_leaves_the_proxy_ends_its_request(proxy: httpx.Client, slow_standin: Serving) -> None:
     direct = slow_standin.client()
     with proxy.stream("POST", "/models/llama2/generate_stream", json=LONG) as response:
-        next(response.iter_raw())
+        chunks = response.iter_raw()
+        next(chunks)
         assert running(direct) == 1
     eventually(lambda: running(direct) == 0)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
 import httpx
 import pytest
+from legacy_client import full_queue
 from serving_processes import Serving, eventually
 
 from agent.arithmetic_model import BEGIN, END, answer
@@ -272,10 +272,7 @@ def test_the_model_and_its_limits_are_told(client: httpx.Client) -> None:
 
 def test_a_full_queue_is_overload(slow_standin: Serving) -> None:
     client = slow_standin.client()
-    busy = {"inputs": "hi", "parameters": {"ignore_eos": True, "max_new_tokens": 4000}}
-    with contextlib.ExitStack() as streams:
-        for _ in range(4):  # two seats, two places in the queue
-            streams.enter_context(client.stream("POST", "/models/llama2/generate_stream", json=busy))
+    with full_queue(client):
         for path in ("/", "/generate", "/generate_stream"):
             refused = client.post(path, json={"inputs": "hi"})
             assert refusal(refused, 429, "overloaded")

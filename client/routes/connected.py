@@ -19,7 +19,7 @@ async def collect_while_connected(streams: Sequence[RequestStream], request: Req
         GenerationFailed: an answer could not be finished.
         NotServing: the server stops first.
     """
-    answers = asyncio.gather(*(stream.collect() for stream in streams))
+    answers = asyncio.ensure_future(_collect(streams))
     departure = asyncio.ensure_future(_departure(request))
     try:
         await asyncio.wait((answers, departure), return_when=asyncio.FIRST_COMPLETED)
@@ -44,6 +44,10 @@ def check_complete(increment: Increment) -> None:
     """
     if increment.finish_reason == "abort":
         raise NotServing("the server is shutting down and has not finished this answer")
+
+
+async def _collect(streams: Sequence[RequestStream]) -> list[Increment]:
+    return await asyncio.gather(*(stream.collect() for stream in streams))
 
 
 async def _departure(request: Request) -> None:

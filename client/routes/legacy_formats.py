@@ -12,17 +12,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 PING_SECONDS = 600
 RETRY_MILLISECONDS = 30_000
 
-EVENT_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["event", "retry", "data"],
-    "properties": {
-        "event": {"enum": ["message", "error"]},
-        "retry": {"const": RETRY_MILLISECONDS},
-        "data": {"type": ["string", "integer"]},
-        "details": {"$ref": "#/components/schemas/Details"},
-    },
-}
-
 encode = json.JSONEncoder(ensure_ascii=False).encode
 
 

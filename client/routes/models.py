@@ -15,16 +15,16 @@ from client.routes.connected import check_complete, collect_while_connected
 from client.routes.errors import documented, problem_of
 from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
-from client.routes.legacy_formats import EVENT_SCHEMA, Events, JsonLine, Lines, StreamFormat
+from client.routes.legacy_formats import Events, JsonLine, Lines, StreamFormat
 from client.schemas.details import details_of
-from client.schemas.legacy import LegacyAnswer, LegacyParameters, LegacyRequest
+from client.schemas.legacy import LegacyAnswer, LegacyEvent, LegacyParameters, LegacyRequest
 from server.errors import ServingError
 from server.request_stream import Increment, RequestStream, join
 
 EVENT = 'data: {"event": "message", "retry": 30000, "data": "…"}\r\n\r\n'
 LINE = 'data:{"token": {"text": "…", "index": 1}}\n'
 STREAM: dict[str, Any] = {
-    **event_stream(EVENT_SCHEMA, EVENT),
+    **event_stream(LegacyEvent, EVENT),
     "text/plain": {"schema": {"type": "string"}, "example": LINE},
 }
 ERRORS = documented(400, 404, 413, 415, 422, 429, 431, 500, 503)

@@ -12,12 +12,13 @@ from starlette.responses import Response
 from client.deployment import Deployment, ServedModel
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
-from client.routes.legacy_formats import EVENT_SCHEMA, PING_SECONDS, event
+from client.routes.legacy_formats import PING_SECONDS, event
+from client.schemas.legacy import LegacyEvent
 
 router = APIRouter(tags=["operations"])
 
 EVENT = 'data: {"event": "message", "retry": 30000, "data": 0}\r\n\r\n'
-ONE_EVENT: dict[int | str, dict[str, Any]] = {200: {"content": event_stream(EVENT_SCHEMA, EVENT)}, **documented(404)}
+ONE_EVENT: dict[int | str, dict[str, Any]] = {200: {"content": event_stream(LegacyEvent, EVENT)}, **documented(404)}
 
 
 async def _deployment(request: Request) -> Deployment:

@@ -19,7 +19,7 @@ from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
 from client.routes.problem import TGI
 from client.schemas.details import FINISH_REASONS, details_of
-from client.schemas.tgi import MAX_BEST_OF, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
+from client.schemas.tgi import MAX_BEST_OF, StreamEvent, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
 from config.version import __version__
 from server.errors import ServingError
 from server.request import TokenLogprob
@@ -27,7 +27,7 @@ from server.request_stream import Increment, RequestStream
 
 PING_SECONDS = 15  # as Text Generation Inference does
 ROUTER = "mindspore-llm-serving"
-STREAM = event_stream({"$ref": "#/components/schemas/StreamEvent"})
+STREAM = event_stream(StreamEvent)
 ERRORS = documented(400, 413, 415, 422, 429, 431, 500, 503, dialect=TGI)
 
 encode = msgspec.json.Encoder().encode
@@ -83,7 +83,7 @@ class Accepted:
     async def full(self) -> dict[str, Any]:
         """The likeliest answer, once all are there."""
         answers = await collect_while_connected(self.streams, self.call.request)
-        best = max(range(len(answers)), key=lambda i: _total_logprob(answers[i])) if len(answers) > 1 else 0
+        best = max(range(len(answers)), key=lambda i: _total_logprob(answers[i]))
         content: dict[str, Any] = {"generated_text": self.prefix + answers[best].text}
         if self.parameters.wants_details:
             content["details"] = self._details(answers[best], best)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details
 from client.schemas.request_body import (
-    MAX_SEED,
     MAX_TOKENS_FIELD,
     RequestBody,
     StopString,
@@ -77,9 +76,9 @@ def _clamp_top_p(value: float) -> float:
     return min(max(value, 0.01), 1.0)
 
 
-Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str | None)]
-Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str | None)]
-Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str | None)]
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str)]
+Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str)]
+Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str)]
 
 
 class LegacyParameters(RequestBody):
@@ -141,9 +140,7 @@ class LegacyParameters(RequestBody):
         )
 
     def _check(self, limits: LimitsConfig) -> None:
-        check_limits(self.stop, self.top_n_tokens, limits)
-        if self.seed is not None and self.seed > MAX_SEED:
-            raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
+        check_limits(self.stop, self.top_n_tokens, self.seed, limits)
         most = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         if self.min_new_tokens > most:
             raise InvalidRequest(f"must be at most max_new_tokens, which is {most}", "min_new_tokens")
@@ -168,6 +165,10 @@ class LegacyParameters(RequestBody):
 class LegacyRequest(RequestBody):
     """A prompt and how to answer it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": "The sea is", "parameters": {"max_new_tokens": 20}}]}
+    )
+
     harmless_values: ClassVar[Mapping[str, int]] = HARMLESS_VALUES
 
     inputs: str = Field(min_length=1, description="the prompt")
@@ -180,3 +181,12 @@ class LegacyAnswer(BaseModel):
 
     generated_text: str
     details: Details | None = None
+
+
+class LegacyEvent(BaseModel):
+    """The data of one server-sent event, as the older system's clients expect it."""
+
+    event: Literal["message", "error"]
+    retry: Literal[30_000] = Field(description="milliseconds")
+    data: str | int = Field(description="the text of a step; at last, with return_full_text, of all steps; a number")
+    details: Details | None = Field(None, description="in the last event, if asked for")

@@ -65,8 +65,8 @@ class RequestBody(BaseModel):
         return schema
 
 
-def check_limits(stop: Sequence[str], top_n_tokens: int, limits: LimitsConfig) -> None:
-    """Whether a request keeps to what the deployment allows.
+def check_limits(stop: Sequence[str], top_n_tokens: int, seed: int | None, limits: LimitsConfig) -> None:
+    """Whether a request keeps to what the deployment allows, and its seed to 64 bits.
 
     Raises:
         InvalidRequest: it does not.
@@ -75,6 +75,8 @@ def check_limits(stop: Sequence[str], top_n_tokens: int, limits: LimitsConfig) -
         raise InvalidRequest(f"has {len(stop)} texts, at most {limits.max_stop_strings} are allowed", "stop")
     if top_n_tokens > limits.max_top_n_tokens:
         raise InvalidRequest(f"must be at most {limits.max_top_n_tokens}", "top_n_tokens")
+    if seed is not None and seed > MAX_SEED:
+        raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
 
 
 def random_seed() -> int:
@@ -84,6 +86,8 @@ def random_seed() -> int:
 
 def _allow_null(field: dict[str, Any]) -> None:
     """Let a property's schema take null too."""
+    if "enum" in field:
+        return  # of what says nothing, null among it
     choices = field.get("anyOf")
     if choices is None:
         kept: dict[str, Any] = {name: field.pop(name) for name in ("title", "description", "default") if name in field}

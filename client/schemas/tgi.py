@@ -9,13 +9,22 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from client.schemas.answer_form import TgiGrammar, tgi_constraint
 from client.schemas.details import Details, FinishReason, Token
 from client.schemas.request_body import (
-    MAX_SEED,
     MAX_TOKENS_FIELD,
     NOTHING,
     RequestBody,
@@ -104,9 +113,7 @@ class TgiParameters(RequestBody):
         )
 
     def _check(self, limits: LimitsConfig, stream: bool) -> None:
-        check_limits(self.stop, self.top_n_tokens, limits)
-        if self.seed is not None and self.seed > MAX_SEED:
-            raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
+        check_limits(self.stop, self.top_n_tokens, self.seed, limits)
         if stream and self.decoder_input_details:
             raise InvalidRequest("cannot be had in a stream", "decoder_input_details")
         if self.best_of is None or self.best_of == 1:
@@ -139,6 +146,12 @@ class TgiParameters(RequestBody):
 
 class TgiRequest(RequestBody):
     """A prompt and how to answer it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"inputs": "The sea is", "parameters": {"max_new_tokens": 20, "details": True}}]
+        }
+    )
 
     inputs: StrictStr = Field(min_length=1, description="the prompt, taken as it is")
     parameters: TgiParameters = TgiParameters()
