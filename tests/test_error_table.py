@@ -56,6 +56,21 @@ PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
         "seed: cannot be given with best_of above 1, whose answers have a seed each",
     ),
     (STREAM, {"decoder_input_details": True}, "decoder_input_details: cannot be had in a stream"),
+    (TGI, {"grammar": {"type": "json", "value": "{"}}, "…: must be a JSON schema"),
+    (TGI, {"grammar": {"type": "json", "value": 5}}, "…: must be a JSON schema, an object"),
+    (
+        TGI,
+        {"grammar": {"type": "yaml", "value": ""}},
+        "…: input tag … found using 'type' does not match any of the expected tags: …",
+    ),
+    (TGI, {"grammar": {"type": "regex", "value": "a" * 40_000}}, "grammar: has … bytes; at most … are taken"),
+    (
+        TGI,
+        {"grammar": {"type": "regex", "value": "(a{500}){500}"}},
+        "grammar: is too long: with its counted repetitions written out, it has more than … characters",
+    ),
+    (TGI, {"grammar": {"type": "regex", "value": "("}}, "grammar: cannot be used: …"),
+    (STREAM, {"grammar": {"type": "regex", "value": r"[^\s\S]"}}, "grammar: describes no text at all"),
 ]
 REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"content": b"{", "headers": JSON}, "the body is not JSON: … at character …"),
@@ -176,10 +191,24 @@ NOT_OVER_HTTP = {
     "is not valid Unicode text: it holds half a surrogate pair",
     "this model has no chat template",
     "the model's chat template refuses them: …",
+    "is no JSON that can be written down: …",
+    "needs a model with an end token, and this one has none",
+    "cannot be served: the library does not read this model's tokenizer: …",
+    "takes … s to compile; at most … s are given to one",
+    # said to requests of OpenAI's shape
+    "cannot go with a constrained answer: only the end token can end one",
+    "this model's chat template shows it no tools; leave them out",
+    "cannot be given with …: an answer has one form",
+    "must have one of json, json_object, regex, choice and grammar",
+    "the arguments of the call … are no JSON object",
+    "two tools have the same name",
+    "demands a call, and there are no tools",
+    "cannot be given with tools that may be called: an answer has one form",
+    "names …, which is not among the tools",
 }
 # What raises or makes what a client is told, and which of its arguments is the message.
 TELLS = {"InvalidRequest": 0, "UnknownModel": 0, "Overloaded": 0, "NotServing": 0, "PydanticCustomError": 1}
-TELLS |= {"HTTPException": 1, "Problem": "message"}
+TELLS |= {"GrammarError": 0, "HTTPException": 1, "Problem": "message"}
 
 
 def messages(tree: ast.AST) -> Iterator[str]:
