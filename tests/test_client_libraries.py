@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jsonschema
 import pytest
 import sseclient
 from default_model import PROMPTS, default_model
@@ -32,6 +34,38 @@ def deployment(request: pytest.FixtureRequest) -> Serving:
     """The stand-in, and in the long run of the tests the default model too."""
     started: Serving = request.getfixturevalue(request.param)
     return started
+
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "colours": {"type": "array", "items": {"enum": ["red", "green", "蓝"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "colours"],
+    "additionalProperties": False,
+}
+
+
+def test_hugging_face_gets_json_of_a_schema_whole_streamed_and_in_company(deployment: Serving) -> None:
+    client, grammar = InferenceClient(model=deployment.url), {"type": "json", "value": PERSON}
+
+    def asked(prompt: str, **settings: Any) -> str:
+        answer = client.text_generation(prompt, max_new_tokens=400 if settings else 40, **settings)
+        assert isinstance(answer, str)
+        return answer
+
+    prompts = [f"{prompt} As JSON: " for prompt in PROMPTS[::10]]
+    plain, formed = [asked(prompt) for prompt in prompts], [asked(prompt, grammar=grammar) for prompt in prompts]
+    for prompt, text in zip(prompts, formed, strict=True):
+        jsonschema.validate(json.loads(text), PERSON)
+        *_, last = client.text_generation(prompt, max_new_tokens=400, grammar=grammar, stream=True, details=True)
+        assert last.generated_text == text
+    with ThreadPoolExecutor(2 * len(prompts)) as threads:
+        together = [threads.submit(asked, prompt) for prompt in prompts]
+        together += [threads.submit(asked, prompt, grammar=grammar) for prompt in prompts]
+        assert [one.result() for one in together] == plain + formed
 
 
 def test_hugging_face_generates_text_whole_and_streamed(deployment: Serving) -> None:
