@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class GrammarEngine:
-    """Matchers for the vocabulary of one exported model. The first one takes the time to read ``tokenizer.json``."""
+    """Matchers for the vocabulary of one exported model."""
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         self._path = Path(folder) / "tokenizer.json"
@@ -46,22 +46,30 @@ class GrammarEngine:
             self._thread = _thread_with_stack()
         return self._thread.submit(work, *arguments)
 
-    def matcher(self, grammar: str) -> LLMatcher:
-        """A matcher at the beginning of an answer; its ``get_error`` says what is wrong with the grammar.
+    def open(self) -> LLTokenizer:
+        """The model's vocabulary, read when it is first needed: 0.2 s for 50,000 tokens.
 
         Raises:
-            ValueError: the model's tokenizer is of a kind that the library cannot read.
+            ValueError: the tokenizer is of a kind that the library cannot read.
         """
         if self._tokenizer is None:
             source = self._path.read_text(encoding="utf-8")
             self._tokenizer = LLTokenizer(source, n_vocab=self.vocab_size, eos_token=self.end_token_ids)
+        return self._tokenizer
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """A matcher at the beginning of an answer; its ``get_error`` says what is wrong with the grammar.
+
+        Raises:
+            ValueError: as of ``open``.
+        """
         limits = LLParserLimits(precompute_large_lexemes=False, verbose_errors=False, **_LIMITS)
-        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        return LLMatcher(self.open(), grammar, log_level=0, limits=limits)
 
     def close(self) -> None:
         """End the thread when it has done what it is at."""
         if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread.shutdown(wait=False)
 
 
 def _thread_with_stack() -> ThreadPoolExecutor:

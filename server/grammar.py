@@ -48,7 +48,7 @@ class GrammarCompiler:
         self._known: OrderedDict[bytes, Future[str]] = OrderedDict()
 
     async def compile(self, constraint: Constraint) -> str:
-        """The grammar, tried on the model's vocabulary: an answer can begin.
+        """The grammar, tried on the model's vocabulary: an answer can begin, and go on after what it must begin with.
 
         Raises:
             InvalidRequest: it cannot be used; the message says why.
@@ -89,18 +89,20 @@ class GrammarCompiler:
 
     def _compile(self, kind: ConstraintKind, source: str) -> str:
         """In the library's thread."""
+        try:
+            self._engine.open()
+        except ValueError as error:
+            raise GrammarError(f"cannot be served: the library does not read this model's tokenizer: {error}") from None
         begun = time.thread_time()
         if kind == "grammar":
             source = _lark(source)
         check_repetitions(kind, source)
         grammar = _grammar(kind, source)
-        try:
-            matcher = self._engine.matcher(grammar)
-        except ValueError as error:
-            raise GrammarError(f"cannot be served: the library does not read this model's tokenizer: {error}") from None
-        bits = b"" if matcher.is_error() else matcher.compute_bitmask()
-        if matcher.is_error() or bits.count(0) == len(bits):
-            raise GrammarError(_reason(matcher.get_error()))
+        matcher = self._engine.matcher(grammar)
+        _check_mask(matcher)
+        if forced := matcher.compute_ff_tokens():
+            matcher.consume_tokens(forced)
+            _check_mask(matcher)
         seconds = time.thread_time() - begun
         if seconds > self._limits.max_grammar_seconds:
             raise GrammarError(
@@ -111,6 +113,17 @@ class GrammarCompiler:
 
 class GrammarError(ValueError):
     """A constraint that cannot be used; the message says why."""
+
+
+def _check_mask(matcher: LLMatcher) -> None:
+    """See that the answer can go on.
+
+    Raises:
+        GrammarError: it cannot.
+    """
+    bits = b"" if matcher.is_error() else matcher.compute_bitmask()
+    if matcher.is_error() or bits.count(0) == len(bits):
+        raise GrammarError(_reason(matcher.get_error()))
 
 
 def check_repetitions(kind: ConstraintKind, source: str) -> None:

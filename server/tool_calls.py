@@ -57,7 +57,7 @@ def tool_grammar(choice: Mapping[str, Any], json_options: Mapping[str, Any]) -> 
     rules.append("call: " + " | ".join(f"call{i}" for i in range(len(names))))
     for i, name in enumerate(names):
         begin, end = json.dumps(f'\n{{"name": "{name}", "arguments": '), json.dumps(f"}}\n{CLOSE}")
-        schema = {"type": "object", **choice["tools"][name], "x-guidance": dict(json_options)}
+        schema = {**choice["tools"][name], "type": "object", "x-guidance": dict(json_options)}
         rules.append(f"call{i}: {begin} arguments{i} {end}")
         rules.append(f"arguments{i}: %json {json.dumps(schema, ensure_ascii=False)}")
     return "\n".join(rules) + "\n"

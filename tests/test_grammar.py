@@ -227,6 +227,7 @@ REFUSED: list[tuple[ConstraintKind, Any, str]] = [
     ("json_schema", {"type": "string", "pattern": "^(a{500}){500}$"}, "written out"),
     ("json_schema", {"patternProperties": {"^(a{500}){500}$": {}}}, "written out"),
     ("json_schema", {"properties": {f"p{i}": {} for i in range(2_000)}}, "cannot be used"),
+    ("json_schema", {"type": "object", "properties": {f"p{i}": {} for i in range(700)}}, "cannot be used"),
     ("regex", "(", "unclosed group"),
     ("regex", "(?=a)b", "look-ahead"),
     ("regex", r"(a)\1", "backreferences"),
@@ -368,7 +369,8 @@ def test_grammars_that_are_none_are_refused_over_http_and_the_server_lives_on(cl
 def test_an_answer_that_gets_too_complex_ends_with_an_error(client: httpx.Client) -> None:
     """A limit that is reached in the middle is not shown as a complete answer."""
     properties = {f"property {i}": {"type": "string"} for i in range(700)}
-    many = {"type": "json", "value": {"type": "object", "properties": properties}}
+    inside = {"type": "object", "properties": properties}
+    many = {"type": "json", "value": {"type": "object", "properties": {"a": inside}, "required": ["a"]}}
     failed = asked(client, many, max_new_tokens=200)
     assert failed.status_code == 424, failed.text
     assert failed.json()["error_type"] == "generation"
