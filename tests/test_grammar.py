@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_processes import serving
 
 from agent.arithmetic_model import END, VOCAB_SIZE
 from agent.logits import Logits
@@ -376,3 +378,29 @@ def test_an_answer_that_gets_too_complex_ends_with_an_error(client: httpx.Client
     assert failed.json()["error_type"] == "generation"
     events = asked(client, many, stream=True, max_new_tokens=200).text.splitlines()
     assert json.loads(events[-2].removeprefix("data:"))["error_type"] == "generation"
+
+
+@pytest.mark.slow
+def test_answers_of_a_full_cache_are_those_of_an_empty_one(tmp_path: Path) -> None:
+    """Requests that are preempted and recomputed go on in their grammars where they stood."""
+    sentence = {
+        "type": "array",
+        "items": {"type": "string", "minLength": 40, "maxLength": 60},
+        "minItems": 3,
+        "maxItems": 3,
+    }
+    grammar = {"type": "json", "value": sentence}
+    with serving(tmp_path, [{"cache_memory": "8KiB"}]) as deployment, ThreadPoolExecutor(8) as threads:
+        client = deployment.client()
+
+        def ask(seed: int) -> str:
+            answer = asked(client, grammar, max_new_tokens=800, temperature=1.0, seed=seed).json()
+            assert answer["details"]["finish_reason"] == "eos_token"
+            jsonschema.validate(json.loads(answer["generated_text"]), sentence)
+            return str(answer["generated_text"])
+
+        alone = [ask(seed) for seed in range(8)]
+        assert list(threads.map(ask, range(8))) == alone
+        preemptions = re.search(r"preemptions_total\S* (\d+)", client.get("/metrics").text)
+        assert preemptions
+        assert int(preemptions[1]) > 0
