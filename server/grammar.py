@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import re
 import time
 from collections import OrderedDict
@@ -18,11 +19,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
+from server.regex_size import written_out
 from server.request import Constraint, ConstraintKind
 from server.tool_calls import tool_grammar
 
@@ -34,8 +36,7 @@ _JSON_OPTIONS: dict[str, Any] = {
     "coerce_one_of": False,
 }
 CACHED = 128  # grammars, those that cannot be used too
-_COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
-_ANY_COUNT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
+_COUNT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -96,7 +97,7 @@ class GrammarCompiler:
         begun = time.thread_time()
         if kind == "grammar":
             source = _lark(source)
-        check_repetitions(kind, source)
+        _check_repetitions(kind, source)
         grammar = _grammar(kind, source)
         matcher = self._engine.matcher(grammar)
         _check_mask(matcher)
@@ -126,80 +127,34 @@ def _check_mask(matcher: LLMatcher) -> None:
         raise GrammarError(_reason(matcher.get_error()))
 
 
-def check_repetitions(kind: ConstraintKind, source: str) -> None:
+def _check_repetitions(kind: ConstraintKind, source: str) -> None:
     """See that counted repetitions stay countable: the library makes a state of each.
 
     Raises:
         GrammarError: written out, they are too many.
     """
-    if kind == "regex":
-        size = _written_out(source)
-    elif kind in ("json_schema", "tool_calls"):
-        size = max((_written_out(pattern) for pattern in _patterns(json.loads(source))), default=0)
-    elif kind == "grammar":
-        size = 1
-        for match in _ANY_COUNT.finditer(source):  # rules repeat each other, so all may multiply
-            size *= max(1, *(int(count[:9]) for count in match.groups() if count))
-    else:
-        return
+    try:
+        size = _size(kind, source)
+    except ValueError as error:
+        raise GrammarError(f"cannot be used: {error}") from None
     if size > MAX_WRITTEN_OUT:
         raise GrammarError(
             f"is too long: with its counted repetitions written out, it has more than {MAX_WRITTEN_OUT} characters"
         )
 
 
-def _written_out(regex: str) -> int:
-    """How many characters a regular expression has at most when its counted repetitions are written out."""
-    sizes, atom, at = [0], 0, 0  # of each open group; of the last atom, which a count repeats
-    while at < len(regex):
-        character = regex[at]
-        if character == "\\":
-            at += _escape_length(regex, at)
-            atom = 1
-        elif character == "[":
-            at = _class_end(regex, at)
-            atom = 1
-        elif character == "(":
-            sizes.append(0)
-            atom, at = 0, at + 1
-            continue
-        elif character == ")" and len(sizes) > 1:
-            atom = sizes.pop()
-            at += 1
-        elif character == "{" and (count := _COUNT.match(regex, at)):
-            most = max(int((number or "0")[:9]) for number in count.groups())
-            sizes[-1] += atom * (most - 1)
-            atom *= most
-            at = count.end()
-            continue
-        else:
-            atom = 1
-            at += 1
-        sizes[-1] += atom
-    return sum(sizes)
-
-
-def _escape_length(regex: str, at: int) -> int:
-    """Characters of an escape; ``\\p{Greek}`` and ``\\x{1F600}`` have braces that count nothing."""
-    braces = re.compile(r"\\[pPxuU]\{[^}]*\}").match(regex, at)
-    return braces.end() - at if braces else 2
-
-
-def _class_end(regex: str, at: int) -> int:
-    """Where a bracketed class ends; classes can hold classes."""
-    depth = 0
-    while at < len(regex):
-        if regex[at] == "\\":
-            at += 1
-        elif regex[at] == "[":
-            depth += 1
-            at += regex.startswith("]", at + 1) + 2 * regex.startswith("^]", at + 1)  # this one is no end
-        elif regex[at] == "]":
-            depth -= 1
-            if not depth:
-                return at + 1
-        at += 1
-    return at
+def _size(kind: ConstraintKind, source: str) -> int:
+    """Characters of the largest regular expression, repetitions written out; choices have none."""
+    match kind:
+        case "regex":
+            return written_out(source)
+        case "json_schema" | "tool_calls":
+            return max(map(written_out, _patterns(json.loads(source))), default=0)
+        case "grammar":  # rules repeat each other, so all counts may multiply
+            counts = [max(int(count[:9]) for count in found.groups() if count) for found in _COUNT.finditer(source)]
+            return math.prod(max(count, 1) for count in counts)
+        case "choice":
+            return 0
 
 
 def _patterns(schema: Any) -> Iterator[str]:
@@ -243,8 +198,10 @@ def _json_grammar(schema: str) -> str:
 
 def _lark(source: str) -> str:
     """Lark as it is, and the other notation that is in use, ``root ::= …`` (GBNF), as Lark."""
+    if "::=" not in source:
+        return source
     try:
-        lark: str = any_to_lark(source)
+        lark: str = gbnf_to_lark(source)
     except Exception as error:  # the converter raises just that
         raise GrammarError(f"cannot be used: {str(error)[:300]}") from None
     return lark
@@ -256,7 +213,7 @@ def _literal(text: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """The library's message, its first line: what follows draws the place in the grammar."""
+    """The library's message, shortened."""
     lines = [line.strip() for line in error.splitlines() if line.strip() not in ("", "<non-verbose/>")]
     if not lines or lines[0].startswith("NoExtension"):
         return "describes no text at all"

@@ -236,6 +236,8 @@ REFUSED: list[tuple[ConstraintKind, Any, str]] = [
     ("regex", r"[^\s\S]", "describes no text"),
     ("regex", "x(a{1000}){1000}", "written out"),
     ("regex", "(((((a{10}){10}){10}){10}){10}){10}", "written out"),
+    ("regex", "(?x)(a{1000}) {1000}", "flag x"),
+    ("regex", "a(?i-x: b)", "flag x"),
     ("regex", "(" * 10_000 + ")" * 10_000, "cannot be used"),
     ("choice", ["\ud800"], "no JSON"),
     ("grammar", "start: nothing", "nothing"),
@@ -243,6 +245,7 @@ REFUSED: list[tuple[ConstraintKind, Any, str]] = [
     ("grammar", "start: b{1000}\nb: /a{1000}/", "written out"),
     ("grammar", "start: " + "(" * 10_000 + '"a"' + ")" * 10_000, "deeply nested"),
     ("grammar", 'root ::= "a" | missing', "missing"),
+    ("grammar", "\n" * 30_000, "cannot be used"),
 ]
 
 
@@ -293,6 +296,8 @@ def test_definitions_that_lead_to_each_other_are_no_deeper_than_the_stack(engine
         (f"a{{0,{MAX_WRITTEN_OUT + 1}}}", False),
         (f"a{{{'9' * 400}}}", False),
         ("(?:a{100}|b){90}", True),
+        ("(?P<x>a{2})(?i:x)", True),
+        ("(a{,200}){,200}", False),
     ],
 )
 def test_counted_repetitions_are_written_out_to_a_limit(engine: GrammarEngine, regex: str, taken: bool) -> None:
@@ -301,6 +306,12 @@ def test_counted_repetitions_are_written_out_to_a_limit(engine: GrammarEngine, r
     else:
         with pytest.raises(InvalidRequest, match="written out"):
             compiled(engine, "regex", regex)
+
+
+@pytest.mark.parametrize("grammar", ['start: "a" | "b" start', 'root ::= "a" | "b" root'])
+def test_grammars_have_two_notations(engine: GrammarEngine, grammar: str) -> None:
+    params = SamplingParams(grammar=compiled(engine, "grammar", grammar), end_token_ids=(END,))
+    assert re.fullmatch("b*a", text(answers(engine, random_logits(60, 1, seed=4), reset(params))[0]))
 
 
 def test_a_compiler_is_given_so_much_time(engine: GrammarEngine) -> None:
