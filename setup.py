@@ -36,6 +36,7 @@ setup(
         "PyYAML",
         "tokenizers",
         "jinja2",  # chat templates, sandboxed
+        "llguidance",  # structured output
         "prometheus-client",
         "gguf",  # checkpoints
         "protobuf",  # MindIR files and SentencePiece models
@@ -48,7 +49,12 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "jsonschema",
             "httpx",
+            "httpx-sse",  # clients that people reach the server with
+            "sseclient-py",
+            "huggingface_hub",
+            "schemathesis",  # asks what /openapi.json promises
             "psutil",
             "safetensors",
             "scipy",

@@ -16,6 +16,7 @@ from agent.protocol import Hello, StepError, StepOutput, StepPlan, pack_floats, 
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
 from agent.step_batch import PlanError, StepBatch, StepSampling, StepShapes
+from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class Agent:
         )
         self._runner = runner
         self._broken: RunnerBroken | None = None
-        self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size)
+        engine = GrammarEngine(runner.folder, manifest)
+        self._sampler = Sampler(limits.max_num_seqs, manifest.vocab_size, engine)
         self._shapes = StepShapes(
             vocab_size=manifest.vocab_size,
             context_length=manifest.context_length,
@@ -131,6 +133,7 @@ class Agent:
         return StepOutput(
             step_id=plan.step_id,
             token_ids=pack_ints(token_ids),
+            failed_rows=pack_ints(self._sampler.failed(sampling.seats)),
             logprobs=pack_floats(logprobs),
             top_ids=pack_ints(top_ids),
             top_logprobs=pack_floats(top_values),

@@ -40,10 +40,19 @@ BEGIN, END = 256, 257
 SPECIAL_TOKENS = {BEGIN: "<s>", END: "</s>", 258: "<|system|>", 259: "<|user|>", 260: "<|assistant|>"}
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 BROKEN = ord("#")
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+CHAT_TEMPLATE = """{{ bos_token }}
+{%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<tool_call>
+{"name": …, "arguments": …}
+</tool_call>
+{% endif %}
+{%- for message in messages %}<|{{ message.role }}|>{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}
+
+{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 # The first token of each choice, and for each unfinished character its last bytes (newest first) and the next one.
 _FIRST = np.array([*(character.encode()[0] for character in ALPHABET), END])
@@ -66,6 +75,7 @@ class ArithmeticModel:
         Raises:
             ManifestError: the folder does not hold what ``write_model`` wrote.
         """
+        self.folder = folder
         self.manifest = read_manifest(folder)
         verify_files(folder, self.manifest)
         block_size = self.manifest.block_size

@@ -6,7 +6,7 @@ greedy and top-k sampling read a few hundred numbers of a row and not all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,24 @@ class Logits:
         finally:
             all_values[places] = values_before
             all_maxima[runs[moved]] = maxima_before[moved]
+
+    @contextmanager
+    def restricted(self, rows: Sequence[int], allowed: Sequence[NDArray[np.bool_]]) -> Iterator[None]:
+        """Minus infinity for a while where a token of these rows is not ``allowed`` (``[vocab]`` each).
+
+        One row after the other, which fits the processor's cache; the others are not touched.
+        """
+        starts, before = _starts(self.values), []
+        try:
+            for row, mask in zip(rows, allowed, strict=True):
+                values, maxima = self.values[row], self.maxima[row]
+                before.append((row, values.copy(), maxima.copy()))
+                values[~mask] = -np.inf
+                np.maximum.reduceat(values, starts, out=maxima)
+            yield
+        finally:
+            for row, values, maxima in before:
+                self.values[row], self.maxima[row] = values, maxima
 
 
 def weigh(logits: Floats, largest: Floats, temperatures: NDArray[np.float64]) -> None:

@@ -56,6 +56,7 @@ class ModelRunner:
             ManifestError: the folder holds no model that this machine can run with such a cache, or the cache budget
                 holds no block.
         """
+        self.folder = folder
         self.manifest = read_manifest(folder)
         self.manifest.check_cache_dtype(cache_dtype)
         self.cache_dtype = cache_dtype

@@ -64,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # with the token's number in the answer, all the randomness there is
     min_new_tokens: int = 0  # until then, end_token_ids cannot be chosen
     end_token_ids: tuple[int, ...] = ()
+    grammar: str = ""  # what the answer must be, as the library of config.grammar_engine takes it
     logprobs: bool = False  # of the chosen tokens
     top_logprobs: int = 0  # this many best tokens beside the chosen one
 
@@ -108,6 +109,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
 
     step_id: int
     token_ids: bytes  # int32 [S]
+    failed_rows: bytes = b""  # int32, among the S: their grammars cannot go on, and they got an end token for that
     logprobs: bytes = b""  # float32 [S], NaN where not asked for; empty if no row asked
     top_ids: bytes = b""  # int32 [S, N], best first; N is the most that a row asked for
     top_logprobs: bytes = b""  # float32 [S, N]

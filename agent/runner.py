@@ -19,6 +19,7 @@ class RunnerBroken(RuntimeError):
 class Runner(Protocol):
     """One rank of a model with its key/value cache."""
 
+    folder: Path  # of the exported model
     manifest: Manifest
     num_blocks: int  # of the cache, with the null block
     cache_dtype: str

@@ -1,21 +1,26 @@
 """From logits to the next token of each row, each with its own settings.
 
-The order is that of Hugging Face: repetition, frequency and presence penalty, end tokens forbidden until
-``min_new_tokens``, temperature, top-k, top-p, min-p, typical-p, and the draw. Every row is worked out on its own, and
-its randomness is a function of its seed and of the token's number in the answer, so a row's token does not depend on
-what else is in the batch or on how often the request was preempted.
+What a row's grammar does not allow is forbidden first. Then the order is that of Hugging Face: repetition, frequency
+and presence penalty, end tokens forbidden until ``min_new_tokens`` (unless the grammar allows nothing else),
+temperature, top-k, top-p, min-p, typical-p, and the draw. Every row is worked out on its own, and its randomness is a
+function of its seed and of the token's number in the answer, so a row's token does not depend on what else is in the
+batch or on how often the request was preempted.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.draw import SETTINGS, draw, require_numbers
+from agent.grammar import GrammarState
 from agent.logits import Logits, Places
 from agent.logprobs import token_logprobs
 from agent.protocol import Floats, Ints, SeatReset, ints
 from agent.token_counts import PENALTIES, TokenCounts, penalized
+from config.grammar_engine import GrammarEngine
 
 MIN_TEMPERATURE = 1e-30  # a number that single precision can divide by
 
@@ -23,8 +28,13 @@ MIN_TEMPERATURE = 1e-30  # a number that single precision can divide by
 class Sampler:
     """What sampling must know of the requests in the seats; bounded by the number of seats."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, engine: GrammarEngine | None = None) -> None:
+        """``engine``: of the model's vocabulary; without it no request may have a grammar."""
         self._vocab_size = vocab_size
+        self._engine = engine
+        self._grammars: list[GrammarState | None] = [None] * max_num_seqs
+        self._constrained = np.zeros(max_num_seqs, bool)  # seats with a grammar
+        self._complete = np.zeros(max_num_seqs, bool)  # of them, those whose answers can only end
         self._counts: list[TokenCounts | None] = [None] * max_num_seqs  # of seats with penalties
         self._end_tokens = [np.zeros(0, np.int64)] * max_num_seqs
         self._taken = np.zeros(max_num_seqs, bool)
@@ -39,6 +49,8 @@ class Sampler:
         """All seats are free."""
         self._taken[:] = False
         self._counts = [None] * len(self._counts)
+        self._grammars = [None] * len(self._grammars)
+        self._constrained[:] = False
 
     def holds(self, seats: Ints) -> bool:
         """Whether all these seats are taken."""
@@ -54,6 +66,9 @@ class Sampler:
         seat, params, output_ids = reset.seat, reset.params, ints(reset.output_ids)
         penalized = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
         self._counts[seat] = TokenCounts(ints(reset.prompt_ids), output_ids) if penalized else None
+        self._grammars[seat] = self._grammar(params.grammar, output_ids)
+        self._constrained[seat] = bool(params.grammar)
+        self._complete[seat] = False
         self._taken[seat] = True
         self._latest[seat] = -1
         self._penalized[seat] = penalized
@@ -79,14 +94,18 @@ class Sampler:
             FloatingPointError: a row holds NaN or infinity, so the model's numbers cannot be trusted.
         """
         require_numbers(logits.maxima.max(axis=1, initial=-np.inf))
-        rows, ids, values = self._edits(logits, seats)
-        if rows.size:
-            with logits.changed(rows, ids, values):
-                tokens = self._choose(logits, seats)
-        else:
+        with self._restricted(logits, seats), self._edited(logits, seats):
             tokens = self._choose(logits, seats)
         self._append(tokens, seats)
         return tokens
+
+    def failed(self, seats: Ints) -> list[int]:
+        """Which of these rows have a grammar that cannot go on."""
+        return [
+            int(row)
+            for row in np.flatnonzero(self._constrained[seats])
+            if (state := self._grammars[seats[row]]) and state.failed
+        ]
 
     def logprobs(self, logits: Logits, seats: Ints, token_ids: NDArray[np.int64]) -> tuple[Floats, Ints, Floats]:
         """Log-probabilities ``[S]`` of the chosen tokens, then ids and log-probabilities ``[S, N]`` of the best.
@@ -115,10 +134,35 @@ class Sampler:
             tokens[drawn] = draw(logits, drawn, settings[drawn])
         return tokens
 
+    def _grammar(self, grammar: str, output_ids: Ints) -> GrammarState | None:
+        if not grammar:
+            return None
+        assert self._engine is not None, "this sampler was made without an engine"
+        return GrammarState(self._engine, grammar, output_ids)
+
+    def _restricted(self, logits: Logits, seats: Ints) -> AbstractContextManager[None]:
+        """Forbids what grammars do not allow."""
+        rows = np.flatnonzero(self._constrained[seats])
+        if not rows.size:
+            return nullcontext()
+        masks = [state.allowed() for seat in seats[rows] if (state := self._grammars[seat])]
+        self._complete[seats[rows]] = [self._only_ends(mask) for mask in masks]
+        return logits.restricted(rows.tolist(), masks)
+
+    def _only_ends(self, mask: NDArray[np.bool_]) -> bool:
+        assert self._engine is not None
+        return np.count_nonzero(mask) == np.count_nonzero(mask[self._engine.end_token_ids])
+
+    def _edited(self, logits: Logits, seats: Ints) -> AbstractContextManager[None]:
+        """Does what penalties and forbidden end tokens do."""
+        rows, ids, values = self._edits(logits, seats)
+        return logits.changed(rows, ids, values) if rows.size else nullcontext()
+
     def _edits(self, logits: Logits, seats: Ints) -> tuple[Places, Places, Floats]:
         """What penalties and forbidden end tokens change: rows, tokens and new logits, ``[n]`` each."""
         penalized_rows = np.flatnonzero(self._penalized[seats])
-        ending_rows = np.flatnonzero(self._settings["number"][seats] < self._min_new_tokens[seats])
+        too_short = self._settings["number"][seats] < self._min_new_tokens[seats]
+        ending_rows = np.flatnonzero(too_short & ~self._complete[seats])
         if not (penalized_rows.size or ending_rows.size):
             nothing = np.zeros(0, np.int64)
             return nothing, nothing, np.zeros(0, np.float32)
@@ -142,6 +186,9 @@ class Sampler:
         for i in np.flatnonzero(self._penalized[seats]):
             if counts := self._counts[seats[i]]:
                 counts.add(int(tokens[i]))
+        for i in np.flatnonzero(self._constrained[seats]):
+            if state := self._grammars[seats[i]]:
+                state.advance(int(tokens[i]))
 
 
 def _joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -8,9 +8,11 @@ rank, so that nine tenths of it are at the best 60 tokens. Nothing else should r
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -54,6 +56,17 @@ CASES = {
     "greedy, end token forbidden": SamplingParams(min_new_tokens=1 << 20, end_token_ids=(2,)),
     "greedy, 5 log-probabilities": SamplingParams(logprobs=True, top_logprobs=5),
 }
+STANDIN = Path(__file__).parent.parent / "config" / "standin"
+_RECORD = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}},
+    "required": ["name", "age", "tags"],
+}
+JSON_ROWS = SamplingParams(
+    min_new_tokens=1 << 20,
+    end_token_ids=(2,),
+    grammar=json.dumps({"grammars": [{"json_schema": {"type": "array", "items": _RECORD}}]}),
+)
 
 
 class PreparedModel:
@@ -62,9 +75,9 @@ class PreparedModel:
     num_blocks = 1 << 13
     cache_dtype = "float32"
 
-    def __init__(self, rows: int, vocab_size: int) -> None:
-        standin = read_manifest(Path(__file__).parent.parent / "config" / "standin")
-        self.manifest = msgspec.structs.replace(standin, vocab_size=vocab_size, block_size=BLOCK_SIZE)
+    def __init__(self, folder: Path, rows: int, vocab_size: int) -> None:
+        self.folder = folder
+        self.manifest = msgspec.structs.replace(read_manifest(folder), vocab_size=vocab_size, block_size=BLOCK_SIZE)
         by_rank = -1.5 * np.log(np.arange(1, vocab_size + 1, dtype=np.float32))
         numbers = np.random.default_rng(0)
         logits = [np.stack([numbers.permutation(by_rank) for _ in range(rows)]) for _ in range(4)]
@@ -115,14 +128,22 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=49152, help="default: %(default)s")
     parser.add_argument("--context", type=int, default=500, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of each case (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=STANDIN, help="whose tokens grammars speak of (default: stand-in)"
+    )
     arguments = parser.parse_args()
-    model, server = PreparedModel(arguments.rows, arguments.vocabulary), Server()
+    model, server = PreparedModel(arguments.model, arguments.rows, arguments.vocabulary), Server()
     agent = Agent(model, LimitsConfig(max_num_seqs=arguments.rows), rank=0, world_size=1)
     print(f"| {arguments.rows} rows of {arguments.context} tokens, vocabulary {arguments.vocabulary} | best | median |")
     print("|---|---:|---:|")
-    for name, params in CASES.items():
+    cases = {name: [params] * arguments.rows for name, params in CASES.items()}
+    for formed in (1, arguments.rows):
+        cases[f"greedy, {formed} of the rows JSON"] = [JSON_ROWS] * formed + [SamplingParams()] * (
+            arguments.rows - formed
+        )
+    for name, params in cases.items():
         plan = decode_plan(arguments.rows, arguments.context)
-        requests = resets(params, arguments.rows, arguments.context, arguments.vocabulary)
+        requests = resets(params, arguments.context, arguments.vocabulary)
         start = msgspec.structs.replace(plan, resets=requests)
         step_seconds(agent, server, start)
         times = [step_seconds(agent, server, plan) for _ in range(arguments.steps)]
@@ -165,13 +186,13 @@ def decode_plan(rows: int, context: int) -> StepPlan:
     )
 
 
-def resets(params: SamplingParams, rows: int, context: int, vocab_size: int) -> tuple[SeatReset, ...]:
-    """New requests with these settings in all seats, their prompts of tokens from everywhere."""
-    prompts = np.random.default_rng(1).integers(0, vocab_size, (rows, context))
+def resets(params: Sequence[SamplingParams], context: int, vocab_size: int) -> tuple[SeatReset, ...]:
+    """New requests with these settings, one in each seat, their prompts of tokens from everywhere."""
+    prompts = np.random.default_rng(1).integers(0, vocab_size, (len(params), context))
     return tuple(
         SeatReset(
             seat=seat,
-            params=msgspec.structs.replace(params, seed=seat),
+            params=msgspec.structs.replace(params[seat], seed=seat),
             prompt_ids=pack_ints(prompt),
             output_ids=b"",
         )

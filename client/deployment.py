@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
@@ -15,6 +16,8 @@ from server.request_stream import RequestStream
 
 WARM_UP_PROMPT = "test"
 WARM_UP_TOKENS = 3
+
+_log = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -107,6 +110,11 @@ class Deployment:
         if name not in self._by_name:
             raise UnknownModel(f"this model is not served; served are: {', '.join(self._by_name)}")
         return self._by_name[name]
+
+    def log_prompt(self, request_id: str, name: str, text: str) -> None:
+        """Note what a request asks of ``name``, if the operator wants prompts in the log."""
+        if self.config.logging.prompts:
+            _log.info("%s asks %s: %s", request_id, name, text)
 
     def check_ready(self) -> None:
         """Whether every agent has answered a step lately.

@@ -61,6 +61,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Positive = 2 << 20
     max_stop_strings: Positive = 16
     max_top_n_tokens: Positive = 20
+    max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
+    max_grammar_seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.5  # of one core, to compile it
 
 
 class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest
@@ -17,7 +18,8 @@ from server.token_bytes import TokenizerError
 class ChatTemplate:
     """A Jinja template with what Hugging Face's chat templates expect, in Jinja's sandbox.
 
-    ``variables`` are the texts of the special tokens: ``bos_token``, ``eos_token``.
+    ``variables`` are the texts of the special tokens: ``bos_token``, ``eos_token``. ``takes_tools`` says whether the
+    template shows tools to the model.
 
     Raises:
         TokenizerError: the template cannot be parsed.
@@ -30,21 +32,31 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         self._variables = dict(variables)
         try:
+            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(f"the chat template, line {error.lineno}: {error.message}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt of a conversation, ready for the model's answer if ``add_generation_prompt``.
+
+        ``tools`` have OpenAI's shape.
 
         Raises:
             InvalidRequest: the template refuses the messages, or they have not the shape that it reads.
         """
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self._variables
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InvalidRequest(f"the model's chat template refuses them: {error}", "messages") from None

@@ -14,11 +14,13 @@ from functools import partial
 import msgspec
 
 from agent.protocol import Hello
+from config.grammar_engine import GrammarEngine
 from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
 from server.agent_group import AgentGroup
 from server.answer import Answer
 from server.errors import InvalidRequest, NotServing, Overloaded
+from server.grammar import GrammarCompiler
 from server.metrics import Metrics, ModelMetrics
 from server.request import GenerationParams, Request
 from server.request_stream import RequestStream
@@ -51,13 +53,14 @@ class LLMServer:
         verify_files(model.path, msgspec.structs.replace(self.manifest, files=texts))
         self.tokenizer = Tokenizer(model.path, self.manifest.tokenizer)
         self._limits = config.limits
+        self._grammars = GrammarCompiler(GrammarEngine(model.path, self.manifest), config.limits)
         self._agents = AgentGroup(model, self.manifest, config.secret_path(model))
         self._metrics = ModelMetrics(metrics or Metrics(), model.names[0])
         self._hello: Hello | None = None
         self._loop: StepLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._accepting = False
-        self._preparing = 0  # requests whose prompt is being tokenized; they count as waiting
+        self._preparing = 0  # requests whose prompt or grammar is being prepared; they count as waiting
         # One long prompt at a time: each takes memory many times its size, and they would hold up each other.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
@@ -120,6 +123,7 @@ class LLMServer:
             await asyncio.wait([self._task])
         await self._agents.close()
         self._encoder.shutdown(wait=False)
+        self._grammars.close()
 
     async def submit(
         self, prompt: str | Sequence[int], params: GenerationParams, request_id: str | None = None
@@ -145,6 +149,7 @@ class LLMServer:
         self._preparing += n
         try:
             prompt_ids = await self._prompt_ids(prompt, params)
+            params = await self._with_grammar(params)
         finally:
             self._preparing -= n
         loop = self._open_loop()
@@ -247,6 +252,15 @@ class LLMServer:
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
         return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, end_token_ids=ends))
+
+    async def _with_grammar(self, params: GenerationParams) -> GenerationParams:
+        """Fill in what the agents need to keep to the request's constraint."""
+        if params.constraint is None:
+            return params
+        if params.ignore_eos:
+            raise InvalidRequest("cannot go with a constrained answer: only the end token can end one", "ignore_eos")
+        grammar = await self._grammars.compile(params.constraint)
+        return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar))
 
     def _show(self, loop: StepLoop) -> None:
         """Let the gauges look at the loop when they are scraped."""

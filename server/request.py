@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from agent.protocol import SamplingParams as SamplingParams  # for client too, which does not know agents
 from server.prefix_keys import PrefixKeys
 
 PRIORITY_SECONDS = 10.0  # what a step of priority is worth, so that nobody waits for ever
 
+ConstraintKind = Literal["json_schema", "regex", "choice", "grammar", "tool_calls"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -21,10 +22,21 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What an answer must be: JSON of a schema, a text that a regular expression or a grammar describes, a choice, or
+    text and calls of tools (``server.tool_calls``)."""
+
+    kind: ConstraintKind
+    value: Any  # json_schema and tool_calls: an object; choice: a list of texts, at least one; else a text
+    field: str  # of the request, for errors
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationParams:
     """What a client asked for, validated once at the edge.
 
-    ``sampling`` goes to the agent; ``LLMServer.submit`` fills its ``end_token_ids``. The rest is kept by the server.
+    ``sampling`` goes to the agent; ``LLMServer.submit`` fills its ``end_token_ids`` and ``grammar``. The rest is kept
+    by the server.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -39,6 +51,7 @@ class GenerationParams:
     cache_salt: str | None = None  # shares cached prefixes only with requests that name the same
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

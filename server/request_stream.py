@@ -41,7 +41,7 @@ def join(increments: Sequence[Increment]) -> Increment:
 
 
 class Mailbox:
-    """Increments on their way to one client; a slow one finds them joined."""
+    """Increments on their way to one client; a slow one finds several."""
 
     def __init__(self) -> None:
         self._increments: list[Increment] = []  # at most the answer's tokens
@@ -57,8 +57,8 @@ class Mailbox:
         self._error = error
         self._filled.set()
 
-    async def take(self) -> Increment:
-        """Wait for something and take all there is.
+    async def take(self) -> list[Increment]:
+        """Wait for something and take all there is, in order.
 
         Raises:
             ServingError: nothing is left, and the answer could not be finished.
@@ -69,11 +69,11 @@ class Mailbox:
         increments, self._increments = self._increments, []
         if not self._error:
             self._filled.clear()
-        return join(increments)
+        return increments
 
 
 class RequestStream:
-    """One accepted request, for one reader: iterate over its increments, or ``collect`` them.
+    """One accepted request, for one reader: iterate over its increments, ``take`` or ``collect`` them.
 
     The request is aborted when the reader says so, leaves (``aclose``) or forgets the stream.
     """
@@ -108,15 +108,26 @@ class RequestStream:
         Raises:
             ServingError: the answer could not be finished.
         """
-        if self._over:
+        increments = await self.take()
+        if not increments:
             raise StopAsyncIteration
+        return join(increments)
+
+    async def take(self) -> list[Increment]:
+        """The same part not joined: at most one token in each increment; no increment once the answer is over.
+
+        Raises:
+            ServingError: the answer could not be finished.
+        """
+        if self._over:
+            return []
         try:
-            increment = await self._mailbox.take()
+            increments = await self._mailbox.take()
         except ServingError:
             self._over = True
             raise
-        self._over = increment.finish_reason is not None
-        return increment
+        self._over = increments[-1].finish_reason is not None
+        return increments
 
     async def collect(self) -> Increment:
         """The rest of the answer as one increment: all of it, if nothing was read before.

@@ -225,6 +225,10 @@ class StepLoop:
         for request, prompt_tokens in result.prompt_tokens():
             if answer := self._answers.get(request):
                 answer.add_prompt_tokens([answer.token(*scored) for scored in prompt_tokens])
+        for request in result.failed():
+            if answer := self._answers.get(request):
+                self._end(answer, "error")
+                answer.fail(GenerationFailed("what the answer must be has become too complex to go on"))
         for request, scored in result.tokens():
             if answer := self._answers.get(request):
                 reason = answer.add_token(answer.token(*scored), request.finish_reason)

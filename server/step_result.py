@@ -22,6 +22,12 @@ class StepResult:
         self.token_ids: list[int] = ints(output.token_ids).tolist()  # of the sampled rows, in their order
         self._step = step
 
+    def failed(self) -> Iterator[Request]:
+        """Those whose answers cannot go on as their grammars demand; their next tokens mean nothing."""
+        sampled = [row.request for row in self._step.rows if row.samples]
+        for row in ints(self.output.failed_rows):
+            yield sampled[row]
+
     def tokens(self) -> Iterator[tuple[Request, Scored]]:
         """The next token of each sampled row."""
         output, count = self.output, len(self.token_ids)

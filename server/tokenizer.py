@@ -12,6 +12,7 @@ from config.manifest import TokenizerRules
 from server.chat_template import ChatTemplate
 from server.errors import InvalidRequest
 from server.token_bytes import IncrementalDecoder, TokenBytes, TokenizerError
+from server.tool_calls import OPEN
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -82,15 +83,30 @@ class Tokenizer:
         """Whether the token leaves no trace in an answer's text."""
         return token_id in self._bytes.special_ids
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools to the model and asks for calls in the form of ``tool_calls``."""
+        if self._chat is None or not self._chat.takes_tools or OPEN not in self._chat.source:
+            return False
+        return not any(map(self.is_special, self.encode(OPEN, add_special_tokens=False)))  # those leave no trace
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt of a conversation, special tokens written out: encode it without adding any.
 
         Raises:
-            InvalidRequest: the model has no chat template, or the template refuses the messages.
+            InvalidRequest: the model has no chat template, the template refuses the messages, or it takes no tools.
         """
         if self._chat is None:
             raise InvalidRequest("this model has no chat template", "messages")
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt)
+        if tools and not self.takes_tools:
+            raise InvalidRequest("this model's chat template shows it no tools; leave them out", "tools")
+        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def _chat_template(self, path: Path) -> ChatTemplate | None:
         if not path.exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -49,3 +51,19 @@ def event_text(content: bytes) -> str:
 def line_text(content: bytes) -> str:
     """The steps of a stream of lines."""
     return "".join(line["token"]["text"] for line in lines(content) if "token" in line)
+
+
+@contextlib.contextmanager
+def full_queue(client: httpx.Client) -> Iterator[None]:
+    """Long streams on both seats and both places in the queue of ``slow_standin``."""
+    busy = {"inputs": "hi", "parameters": {"ignore_eos": True, "max_new_tokens": 4000}}
+    with contextlib.ExitStack() as streams:
+        read = []  # a forgotten iterator would close its stream
+        for number in range(4):
+            opened = client.stream("POST", "/models/llama2/generate_stream", json=busy)
+            response = streams.enter_context(opened)
+            assert response.status_code == 200
+            read.append(response.iter_raw())
+            if number < 2:
+                next(read[-1])  # it has its seat
+        yield

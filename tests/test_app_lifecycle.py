@@ -90,7 +90,9 @@ def test_what_is_not_finished_in_time_ends_with_a_reason(tmp_path: Path) -> None
             for protocol in ("sse", "lines")
         }
         full = threads.submit(client.post, "/models/llama2", json=long_body())
-        eventually(lambda: b'"data": 3}' in client.get("/serving/get_bs").content)
+        body = {"inputs": "long 69", "parameters": {"max_new_tokens": 300}}  # the stand-in says much to this
+        tgi = [threads.submit(client.post, path, json=body) for path in ("/generate_stream", "/generate")]
+        eventually(lambda: b'"data": 5}' in client.get("/serving/get_bs").content)
         app_of(deployment).send(signal.SIGINT)
         *steps, last = events(calls["sse"].result().content)
         assert steps
@@ -102,6 +104,10 @@ def test_what_is_not_finished_in_time_ends_with_a_reason(tmp_path: Path) -> None
         assert "shutting down" in last["error"]
         assert full.result().status_code == 503
         assert set(full.result().json()) == {"error", "field"}
+        *steps, last = [json.loads(event[5:]) for event in tgi[0].result().content.split(b"\n\n")[:-1]]
+        assert steps
+        assert last == {"error": last["error"], "error_type": "unavailable"}
+        assert (tgi[1].result().status_code, tgi[1].result().json()) == (503, last)
         assert app_of(deployment).wait() == 0
 
 

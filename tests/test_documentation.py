@@ -28,7 +28,16 @@ READMES = ("README.md", "README_CN.md")
 DOCUMENTS = (*READMES, "CHANGELOG.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 PACKAGES = ("agent", "benchmarks", "client", "config", "kernels", "models", "server")
 DEFAULT_URL = "http://127.0.0.1:9811"
-KNOWN_HOSTS = {"127.0.0.1", "test", "www.apache.org", "github.com", "arxiv.org", "www.w3.org"}  # that a file may name
+KNOWN_HOSTS = {
+    "127.0.0.1",
+    "localhost",
+    "test",
+    "llm",
+    "www.apache.org",
+    "github.com",
+    "arxiv.org",
+    "www.w3.org",
+}  # that a file may name
 CONFIG_SECTIONS = {"models": ModelConfig, "server": ServerConfig, "limits": LimitsConfig, "logging": LoggingConfig}
 
 
@@ -169,7 +178,10 @@ def test_a_configuration_can_be_loaded(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
-        if not target.startswith("https://"):
+        if target.startswith("#"):
+            headings = re.findall(r"^#+ (.*)$", text_of(document), re.MULTILINE)
+            assert target[1:] in {heading.lower().replace(" ", "-") for heading in headings}, f"{document}: {target}"
+        elif not target.startswith("https://"):
             assert ((ROOT / document).parent / target).is_file(), f"{document}: {target}"
 
 

@@ -16,7 +16,7 @@ from serving_processes import Serving
 
 from client.http_edge import MAX_HEADER_BYTES, HttpEdge
 from client.routes import errors
-from server.errors import GenerationFailed, NotServing, Overloaded
+from server.errors import GenerationFailed, InvalidRequest, NotServing, Overloaded
 
 JSON = {"content-type": "application/json"}
 PATHS = ["/models/llama2", "/models/internlm/generate", "/models/llama2/generate_stream"]
@@ -190,6 +190,24 @@ def test_refused_requests_leave_nothing_behind(standin: Serving, client: httpx.C
     assert ask(client, "hi", max_new_tokens=2)
 
 
+def answer_to(raised: Exception, path: str) -> httpx.Response:
+    """What a client is told when the route of ``path`` raises this."""
+    app = FastAPI()
+    app.add_middleware(HttpEdge, max_body_bytes=100)
+    errors.install(app)
+
+    @app.get(path)
+    async def fail() -> None:
+        raise raised
+
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path, headers={"x-request-id": "id-17"})
+
+    return asyncio.run(call())
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "retry_after"),
     [
@@ -200,25 +218,30 @@ def test_refused_requests_leave_nothing_behind(standin: Serving, client: httpx.C
     ],
 )
 def test_a_failure_of_ours_says_a_request_id_and_no_more(raised: Exception, status: int, retry_after: str) -> None:
-    app = FastAPI()
-    app.add_middleware(HttpEdge, max_body_bytes=100)
-    errors.install(app)
-
-    @app.get("/raise")
-    async def fail() -> None:
-        raise raised
-
-    async def call() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get("/raise", headers={"x-request-id": "id-17"})
-
-    response = asyncio.run(call())
+    response = answer_to(raised, "/raise")
     body = refusal(response, status)
     assert response.headers["x-request-id"] == "id-17"
     assert response.headers.get("retry-after") == retry_after
     assert "secret" not in response.text
     assert ("id-17" in body["error"]) == (status == 500)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "kind"),
+    [
+        (RuntimeError("secret"), 424, "generation"),
+        (GenerationFailed("secret"), 424, "generation"),
+        (Overloaded("the queue is full"), 429, "overloaded"),
+        (NotServing("no agents"), 503, "unavailable"),
+        (InvalidRequest("is wrong", "prompt"), 422, "validation"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/info"])
+def test_text_generation_inference_has_its_own_words(raised: Exception, status: int, kind: str, path: str) -> None:
+    response = answer_to(raised, path)
+    assert (response.status_code, response.json()["error_type"]) == (status, kind)
+    assert set(response.json()) == {"error", "error_type"}
+    assert "secret" not in response.text
 
 
 def test_openapi_tells_of_bodies_and_statuses(client: httpx.Client) -> None:

@@ -232,6 +232,6 @@ def test_a_seed_is_drawn_for_each_request_that_brings_none() -> None:
 def test_the_schema_tells_of_every_field() -> None:
     schema = LegacyRequest.model_json_schema()
     fields = schema["$defs"]["LegacyParameters"]["properties"]
-    assert list(fields) == EVERY_FIELD
+    assert list(fields) == [*EVERY_FIELD, "best_of"]
     assert {"type": "string"} in fields["top_k"]["anyOf"]
     assert "maximum" not in json.dumps(fields["top_p"])  # clamped, not refused

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from sse_starlette.sse import EventSourceResponse
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 PING_SECONDS = 600
 RETRY_MILLISECONDS = 30_000
@@ -15,10 +15,8 @@ RETRY_MILLISECONDS = 30_000
 encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class JsonLine(Response):
+class JsonLine(JSONResponse):
     """One JSON object and a newline."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return (encode(content) + "\n").encode()

@@ -7,35 +7,29 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, Path, Request
 from starlette.responses import Response
 
 from client.deployment import Deployment, ServedModel
-from client.routes.connected import collect_while_connected
+from client.routes.connected import check_complete, collect_while_connected
 from client.routes.errors import documented, problem_of
+from client.routes.event_stream import event_stream
+from client.routes.json_body import require_json
 from client.routes.legacy_formats import Events, JsonLine, Lines, StreamFormat
 from client.schemas.details import details_of
-from client.schemas.legacy import LegacyAnswer, LegacyParameters, LegacyRequest
-from server.errors import NotServing, ServingError
+from client.schemas.legacy import LegacyAnswer, LegacyEvent, LegacyParameters, LegacyRequest
+from server.errors import ServingError
 from server.request_stream import Increment, RequestStream, join
 
 EVENT = 'data: {"event": "message", "retry": 30000, "data": "…"}\r\n\r\n'
 LINE = 'data:{"token": {"text": "…", "index": 1}}\n'
 STREAM: dict[str, Any] = {
-    "text/event-stream": {"schema": {"type": "string"}, "example": EVENT},
+    **event_stream(LegacyEvent, EVENT),
     "text/plain": {"schema": {"type": "string"}, "example": LINE},
 }
 ERRORS = documented(400, 404, 413, 415, 422, 429, 431, 500, 503)
 
 logger = logging.getLogger(__name__)
-
-
-def require_json(request: Request) -> None:
-    """Refuse a body that does not say that it is JSON; a browser sends such a one for any page without asking."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(415, "the body must be JSON, with Content-Type: application/json")
-
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(require_json)])
 
@@ -57,8 +51,7 @@ class Call:
         state = self.request.state
         deployment: Deployment = self.request.app.state.deployment
         params = body.parameters.generation_params(deployment.config.limits)
-        if deployment.config.logging.prompts:
-            logger.info("%s asks %s: %s", state.request_id, self.name, body.inputs)
+        deployment.log_prompt(state.request_id, self.name, body.inputs)
         stream = await self.model.submit(self.name, body.inputs, params, state.request_id)
         return Accepted(self, body.parameters, params.sampling.seed, stream)
 
@@ -74,8 +67,7 @@ class Accepted:
 
     async def full(self) -> Response:
         """The whole answer, once it is there."""
-        answer = await collect_while_connected(self.stream, self.call.request)
-        _check_complete(answer)
+        [answer] = await collect_while_connected([self.stream], self.call.request)
         details = self.details(answer)
         return JsonLine({"generated_text": answer.text, **({} if details is None else {"details": details})})
 
@@ -101,7 +93,7 @@ class Accepted:
                     yield form.step(increment.text, index)
                 if keep:
                     parts.append(increment)
-                _check_complete(increment)
+                check_complete(increment)
             if keep:
                 answer = join(parts)
                 yield form.end(answer.text if self.parameters.return_full_text else None, self.details(answer))
@@ -111,11 +103,6 @@ class Accepted:
             yield form.error(problem_of(error, request.state.request_id).text(request.url.path))
         finally:
             self.stream.abort()
-
-
-def _check_complete(increment: Increment) -> None:
-    if increment.finish_reason == "abort":
-        raise NotServing("the server is shutting down and has not finished this answer")
 
 
 async def _call(request: Request, name: Annotated[str, Path(alias="model", description="a served name")]) -> Call:

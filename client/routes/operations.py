@@ -11,21 +11,14 @@ from starlette.responses import Response
 
 from client.deployment import Deployment, ServedModel
 from client.routes.errors import documented
+from client.routes.event_stream import event_stream
 from client.routes.legacy_formats import PING_SECONDS, event
+from client.schemas.legacy import LegacyEvent
 
 router = APIRouter(tags=["operations"])
 
-ONE_EVENT: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string"},
-                "example": 'data: {"event": "message", "retry": 30000, "data": 0}\r\n\r\n',
-            }
-        }
-    },
-    **documented(404),
-}
+EVENT = 'data: {"event": "message", "retry": 30000, "data": 0}\r\n\r\n'
+ONE_EVENT: dict[int | str, dict[str, Any]] = {200: {"content": event_stream(LegacyEvent, EVENT)}, **documented(404)}
 
 
 async def _deployment(request: Request) -> Deployment:

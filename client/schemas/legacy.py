@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from client.schemas.details import Details
+from client.schemas.request_body import (
+    MAX_TOKENS_FIELD,
+    RequestBody,
+    StopString,
+    check_limits,
+    random_seed,
+)
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import GenerationParams, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 300
-MAX_STOP_CHARACTERS = 1024  # of one stop string
-MAX_TOKENS_FIELD = 2**31 - 1  # counts travel as int32; the model's context is checked later
-MAX_SEED = 2**64 - 1
-RANDOM_SEED_BITS = 53  # a reported seed survives a client whose numbers are doubles
-
-# Fields of related protocols that clients send along with the value that changes nothing.
-HARMLESS_VALUES: dict[str, int] = {"best_of": 1}
+HARMLESS_VALUES = {"best_of": 1}  # of a related protocol, whose clients send it along
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 _FLAGS = {"true": True, "false": False}
@@ -75,41 +76,15 @@ def _clamp_top_p(value: float) -> float:
     return min(max(value, 0.01), 1.0)
 
 
-Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str | None)]
-Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str | None)]
-Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str | None)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | str)]
+Integer = Annotated[int, BeforeValidator(_integer, json_schema_input_type=int | str)]
+Real = Annotated[float, BeforeValidator(_real, json_schema_input_type=float | str)]
 
 
-def _says_nothing(name: str, value: object) -> bool:
-    """Whether a field that this protocol does not have may be ignored: null, false, empty or without effect."""
-    if value is None or value is False or (isinstance(value, str) and value.lower() == "false"):
-        return True
-    if isinstance(value, str | list | dict):
-        return not value
-    return value is not True and value == HARMLESS_VALUES.get(name)
-
-
-class _LenientBody(BaseModel):
-    """Null fields take their default; undocumented ones are ignored where they say nothing, else refused by name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_says_nothing(cls, body: object) -> dict[str, object]:
-        if not isinstance(body, dict):
-            raise PydanticCustomError("object", "must be a JSON object")
-        known = cls.model_fields
-        return {
-            name: value
-            for name, value in body.items()
-            if value is not None and (name in known or not _says_nothing(name, value))
-        }
-
-
-class LegacyParameters(_LenientBody):
+class LegacyParameters(RequestBody):
     """How to generate. Every field may be missing or null."""
+
+    harmless_values: ClassVar[Mapping[str, int]] = HARMLESS_VALUES
 
     do_sample: Flag = Field(False, description="false: greedy; temperature, top_k, top_p and typical_p have no effect")
     top_k: Annotated[Integer, AfterValidator(_clamp_top_k), Field(le=MAX_TOKENS_FIELD)] = Field(
@@ -165,12 +140,7 @@ class LegacyParameters(_LenientBody):
         )
 
     def _check(self, limits: LimitsConfig) -> None:
-        if len(self.stop) > limits.max_stop_strings:
-            raise InvalidRequest(f"has {len(self.stop)} texts, at most {limits.max_stop_strings} are allowed", "stop")
-        if self.top_n_tokens > limits.max_top_n_tokens:
-            raise InvalidRequest(f"must be at most {limits.max_top_n_tokens}", "top_n_tokens")
-        if self.seed is not None and self.seed > MAX_SEED:
-            raise InvalidRequest(f"must be at most {MAX_SEED}", "seed")
+        check_limits(self.stop, self.top_n_tokens, self.seed, limits)
         most = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         if self.min_new_tokens > most:
             raise InvalidRequest(f"must be at most max_new_tokens, which is {most}", "min_new_tokens")
@@ -180,7 +150,7 @@ class LegacyParameters(_LenientBody):
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
-            seed=secrets.randbits(RANDOM_SEED_BITS) if self.seed is None else self.seed,
+            seed=random_seed() if self.seed is None else self.seed,
             min_new_tokens=self.min_new_tokens,
             logprobs=self.wants_details,
             top_logprobs=self.top_n_tokens,
@@ -192,8 +162,14 @@ class LegacyParameters(_LenientBody):
         )
 
 
-class LegacyRequest(_LenientBody):
+class LegacyRequest(RequestBody):
     """A prompt and how to answer it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": "The sea is", "parameters": {"max_new_tokens": 20}}]}
+    )
+
+    harmless_values: ClassVar[Mapping[str, int]] = HARMLESS_VALUES
 
     inputs: str = Field(min_length=1, description="the prompt")
     stream: Flag = Field(False, description="stream the answer; only POST /models/M reads this")
@@ -205,3 +181,12 @@ class LegacyAnswer(BaseModel):
 
     generated_text: str
     details: Details | None = None
+
+
+class LegacyEvent(BaseModel):
+    """The data of one server-sent event, as the older system's clients expect it."""
+
+    event: Literal["message", "error"]
+    retry: Literal[30_000] = Field(description="milliseconds")
+    data: str | int = Field(description="the text of a step; at last, with return_full_text, of all steps; a number")
+    details: Details | None = Field(None, description="in the last event, if asked for")

@@ -1,0 +1,233 @@
+"""docs/errors.md: every row is produced, and no message in the sources is missing there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from legacy_client import full_queue
+from serving_processes import ROOT, Process, Serving, eventually, serving, standin_deployment
+from test_http_errors import answer_to, raw_exchange
+
+from client.http_edge import MAX_HEADER_BYTES
+from server.errors import GenerationFailed
+
+ROWS = {
+    message: {int(status) for status in statuses.split(", ")}
+    for statuses, message in re.findall(
+        r"^\| ([\d, ]+) \| (.*?) \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.M
+    )
+}
+JSON = {"content-type": "application/json"}
+LEGACY, TGI, STREAM = "/models/llama2", "/generate", "/generate_stream"
+PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
+    (LEGACY, {"typo": 1}, "…: is not a field of this request"),
+    (TGI, {"watermark": True}, "…: is not supported by this server; leave it out"),
+    (LEGACY, {"temperature": -1}, "…: input should be …"),
+    (TGI, {"top_k": "5"}, "…: input should be …"),
+    (LEGACY, {"stop": [""]}, "…: string should have at least 1 character"),
+    (TGI, {"stop": ["x" * 1025]}, "…: string should have at most 1024 characters"),
+    (LEGACY, {"do_sample": "perhaps"}, '…: must be true or false (or "True" or "False")'),
+    (LEGACY, {"top_p": "much"}, "…: must be a number"),
+    (LEGACY, {"top_p": "1e999"}, "…: must be a finite number"),
+    (LEGACY, {"top_k": 1.5}, "…: must be a whole number"),
+    (LEGACY, {"seed": 2**64}, "…: must be at most …"),
+    (TGI, {"seed": 2**64}, "…: must be at most …"),
+    (TGI, {"top_n_tokens": 21}, "…: must be at most …"),
+    (TGI, {"stop": ["x"] * 17}, "stop: has … texts, at most … are allowed"),
+    (
+        LEGACY,
+        {"max_new_tokens": 9000},
+        "max_new_tokens: … is more than the … that the context of … tokens leaves after the prompt's …",
+    ),
+    (LEGACY, {"min_new_tokens": 301}, "min_new_tokens: must be at most max_new_tokens, which is …"),
+    (STREAM, {"best_of": 2, "do_sample": True}, "best_of: must be 1 in a stream"),
+    (TGI, {"best_of": 2}, "best_of: above 1 needs do_sample: greedy answers are all the same"),
+    (
+        TGI,
+        {"best_of": 2, "do_sample": True, "seed": 1},
+        "seed: cannot be given with best_of above 1, whose answers have a seed each",
+    ),
+    (STREAM, {"decoder_input_details": True}, "decoder_input_details: cannot be had in a stream"),
+    (TGI, {"grammar": {"type": "json", "value": "{"}}, "…: must be a JSON schema"),
+    (TGI, {"grammar": {"type": "json", "value": 5}}, "…: must be a JSON schema, an object"),
+    (
+        TGI,
+        {"grammar": {"type": "yaml", "value": ""}},
+        "…: input tag … found using 'type' does not match any of the expected tags: …",
+    ),
+    (TGI, {"grammar": {"type": "regex", "value": "a" * 40_000}}, "grammar: has … bytes; at most … are taken"),
+    (
+        TGI,
+        {"grammar": {"type": "regex", "value": "(a{500}){500}"}},
+        "grammar: is too long: with its counted repetitions written out, it has more than … characters",
+    ),
+    (TGI, {"grammar": {"type": "regex", "value": "("}}, "grammar: cannot be used: …"),
+    (STREAM, {"grammar": {"type": "regex", "value": r"[^\s\S]"}}, "grammar: describes no text at all"),
+]
+REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"content": b"{", "headers": JSON}, "the body is not JSON: … at character …"),
+    ({"content": b"\xff", "headers": JSON}, "the body cannot be read as JSON"),
+    ({"url": "/nothing"}, "there is nothing at this path; /openapi.json lists what there is"),
+    ({"url": "/models/gpt", "json": {"inputs": "x"}}, "this model is not served; served are: …"),
+    ({"method": "PUT"}, "this path does not take this method"),
+    ({"content": b" " * (3 << 20), "headers": JSON}, "the body is larger than … bytes"),
+    ({"content": b"x"}, "the body must be JSON, with Content-Type: application/json"),
+    ({"headers": {"x": "y" * MAX_HEADER_BYTES}}, "the request line and headers are larger than … bytes"),
+    ({"json": []}, "the body: must be a JSON object"),
+    ({"json": {}}, "…: field required"),
+    ({"json": {"inputs": "x" * 8192}}, "inputs: has … tokens; the context of … leaves no room for an answer"),
+    (
+        {"json": {"inputs": "x" * 8100, "parameters": {"min_new_tokens": 200}}},
+        "min_new_tokens: is more than max_new_tokens, which is …",
+    ),
+]
+ELSEWHERE = {  # produced by a test of its own below
+    "this is not an HTTP request",
+    "… requests are waiting already; try again later",
+    "the server could not finish this request; its log says why under request id …",
+    "… is not ready yet: it waits for its agents at …",
+    "waiting for …: agents at …",
+    "the agents do not answer",
+    "the server is stopping",
+    "the server is shutting down",
+    "the server is shutting down and has not finished this answer",
+}
+
+
+def pattern(message: str) -> str:
+    return ".+".join(map(re.escape, message.split("…")))
+
+
+def check(response: httpx.Response, message: str) -> None:
+    assert response.status_code in ROWS[message], response.text
+    assert re.fullmatch(pattern(message), response.json()["error"]), response.text
+
+
+def test_every_row_is_produced_here() -> None:
+    assert {message for *_, message in (*PARAMETERS, *REQUESTS)} | ELSEWHERE == set(ROWS)
+
+
+@pytest.mark.parametrize(("path", "parameters", "message"), PARAMETERS, ids=lambda value: str(value)[:30])
+def test_a_parameter(client: httpx.Client, path: str, parameters: dict[str, Any], message: str) -> None:
+    check(client.post(path, json={"inputs": "x", "parameters": parameters}), message)
+
+
+@pytest.mark.parametrize(("request_", "message"), REQUESTS, ids=lambda value: str(value)[:30])
+def test_a_request(client: httpx.Client, request_: dict[str, Any], message: str) -> None:
+    check(client.request(**{"method": "POST", "url": LEGACY, **request_}), message)
+
+
+def test_what_is_no_http(standin: Serving) -> None:
+    assert raw_exchange(standin.port, b"hello\r\n\r\n")[1]["error"] == "this is not an HTTP request"
+
+
+def test_overload(slow_standin: Serving) -> None:
+    client = slow_standin.client()
+    with full_queue(client):
+        check(client.post(LEGACY, json={"inputs": "x"}), "… requests are waiting already; try again later")
+
+
+@pytest.mark.parametrize("path", [LEGACY, TGI])
+def test_an_internal_error(path: str) -> None:
+    message = "the server could not finish this request; its log says why under request id …"
+    check(answer_to(GenerationFailed("secret"), path), message)
+
+
+def test_an_app_without_agents(tmp_path: Path) -> None:
+    deployment = standin_deployment(tmp_path)
+    deployment.app = Process("client/server_app_post.py", "--config", deployment.config_path)
+    try:
+        deployment.app.wait_for("waiting for the agents")
+        client = deployment.client()
+        eventually(lambda: client.get("/health/live").is_success)
+        check(client.post(LEGACY, json={"inputs": "x"}), "… is not ready yet: it waits for its agents at …")
+        check(client.get("/health"), "waiting for …: agents at …")
+    finally:
+        deployment.stop()
+
+
+def test_a_drain(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, [{"step_seconds": 0.02}], server={"drain_seconds": 2}) as deployment,
+        ThreadPoolExecutor() as threads,
+    ):
+        client = deployment.client()
+        body = {"inputs": "x", "parameters": {"ignore_eos": True, "max_new_tokens": 4000}}
+        unfinished = threads.submit(client.post, LEGACY, json=body)
+        eventually(lambda: b'"data": 1}' in client.get("/serving/get_bs").content)
+        assert deployment.app is not None
+        deployment.app.send(signal.SIGTERM)
+        eventually(lambda: client.get("/health").status_code == 503)
+        check(client.get("/health"), "the server is shutting down")
+        check(client.post(LEGACY, json={"inputs": "x"}), "the server is stopping")
+        check(unfinished.result(), "the server is shutting down and has not finished this answer")
+
+
+@pytest.mark.slow
+def test_agents_that_are_gone(tmp_path: Path) -> None:
+    with serving(tmp_path) as deployment:
+        assert deployment.agents is not None
+        deployment.agents.stop()
+        client = deployment.client()
+        message = "the agents do not answer"
+        eventually(lambda: message in client.post(LEGACY, json={"inputs": "x"}).text, seconds=60)
+        check(client.post(LEGACY, json={"inputs": "x"}), message)
+
+
+# What LLMServer says to programs that use it without the routes, which refuse the same or never ask for it.
+NOT_OVER_HTTP = {
+    "is empty",
+    "must be at least 1",
+    "holds an empty string",
+    "token id … is outside 0 … …",
+    "is not valid Unicode text: it holds half a surrogate pair",
+    "this model has no chat template",
+    "the model's chat template refuses them: …",
+    "is no JSON that can be written down: …",
+    "needs a model with an end token, and this one has none",
+    "cannot be served: the library does not read this model's tokenizer: …",
+    "takes … s to compile; at most … s are given to one",
+    # said to requests of OpenAI's shape
+    "cannot go with a constrained answer: only the end token can end one",
+    "this model's chat template shows it no tools; leave them out",
+    "cannot be given with …: an answer has one form",
+    "must have one of json, json_object, regex, choice and grammar",
+    "the arguments of the call … are no JSON object",
+    "two tools have the same name",
+    "demands a call, and there are no tools",
+    "cannot be given with tools that may be called: an answer has one form",
+    "names …, which is not among the tools",
+}
+# What raises or makes what a client is told, and which of its arguments is the message.
+TELLS = {"InvalidRequest": 0, "UnknownModel": 0, "Overloaded": 0, "NotServing": 0, "PydanticCustomError": 1}
+TELLS |= {"GrammarError": 0, "HTTPException": 1, "Problem": "message"}
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """What a source tells clients; what is filled in is ``…``."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in TELLS:
+            continue
+        place = TELLS[node.func.id]
+        values = [keyword.value for keyword in node.keywords if keyword.arg == place]
+        told = node.args[place] if isinstance(place, int) else values[0]
+        if isinstance(told, ast.Constant):
+            yield told.value
+        elif isinstance(told, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in told.values)
+
+
+@pytest.mark.parametrize("package", ["client", "server"])
+def test_no_message_is_missing(package: str) -> None:
+    known = [message for row in ROWS for message in (row, row.partition(": ")[2])]
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for told in set(messages(ast.parse(path.read_text(encoding="utf-8")))) - NOT_OVER_HTTP:
+            assert any(re.fullmatch(pattern(told), message) for message in known), f"docs/errors.md lacks {told!r}"
