@@ -34,7 +34,9 @@ setup(
         "sse-starlette",
         "msgspec",  # configuration, manifests and the wire
         "PyYAML",
+        "typing-extensions",
         "tokenizers",
+        "httpx",  # the Python client and the command line
         "jinja2",  # chat templates, sandboxed
         "prometheus-client",
         "gguf",  # checkpoints
@@ -42,13 +44,12 @@ setup(
         "sentencepiece",
     ],
     extras_require={
-        "bench": ["httpx", "psutil"],
+        "bench": ["psutil"],
         # transformers with torch is the reference that our networks are compared with; nothing else uses them
         "test": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
-            "httpx",
             "psutil",
             "safetensors",
             "scipy",
