@@ -66,12 +66,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command, that of the process unless ``words`` are given; its exit code."""
     prepare()
-    arguments = parser().parse_args(words)
-    timeouts = TIMEOUTS if arguments.timeout is None else Timeouts.all(arguments.timeout)
-    run: Run = arguments.run
     try:
+        # UTF-8 whatever the locale says, like all that comes from a pipe
+        arguments = parser().parse_args(
+            [os.fsencode(word).decode() for word in sys.argv[1:]] if words is None else words
+        )
+        timeouts = TIMEOUTS if arguments.timeout is None else Timeouts.all(arguments.timeout)
+        run: Run = arguments.run
         return run(Server(arguments.url.rstrip("/"), arguments.api_key, arguments.ca, timeouts), arguments)
     except ClientError as error:
         say(words_of(error))
@@ -82,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except UnicodeDecodeError:
-        say("what stands at standard input is not UTF-8")
+        say("this is not UTF-8, on the command line or at standard input")
         return CANNOT
     except (ValueError, OSError) as error:
         say(str(error))

@@ -36,7 +36,7 @@ class Server:
         OSError: the certificates cannot be read.
     """
 
-    url: str  # http://host:port or https://…
+    url: str  # http://127.0.0.1:9811
     token: str | None = field(default=None, repr=False)  # the API key
     ca: str | Path | None = None  # a file of certificates to trust instead of the usual ones
     timeouts: Timeouts = TIMEOUTS

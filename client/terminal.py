@@ -53,8 +53,8 @@ def write_text(pieces: Iterable[str]) -> None:
     last = ""
     try:
         for piece in pieces:
-            print(_shown(piece), end="", flush=True)
             last = piece or last
+            print(_shown(piece), end="", flush=True)
     finally:
         if last and not last.endswith("\n"):
             print(flush=True)
