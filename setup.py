@@ -34,7 +34,7 @@ setup(
         "sse-starlette",
         "msgspec",  # configuration, manifests and the wire
         "PyYAML",
-        "typing-extensions",
+        "typing-extensions",  # what typing has since Python 3.11
         "tokenizers",
         "httpx",  # the Python client and the command line
         "jinja2",  # chat templates, sandboxed

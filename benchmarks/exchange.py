@@ -140,14 +140,13 @@ class Exchange(asyncio.Protocol):
 
 
 async def connect(url: str, context: ssl.SSLContext | None = None) -> Exchange:
-    """Open a connection to the server at ``url``.
+    """Open a connection to the server at ``url``, with TLS if there is a ``context`` for it.
 
     Raises:
         OSError: there is none.
     """
     host, port = address(urlsplit(url))
-    secure = (context or ssl.create_default_context()) if url.startswith("https:") else None
-    _, exchange = await asyncio.get_running_loop().create_connection(Exchange, host, port, ssl=secure)
+    _, exchange = await asyncio.get_running_loop().create_connection(Exchange, host, port, ssl=context)
     return exchange
 
 

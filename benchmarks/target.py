@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -58,7 +59,7 @@ class Target:
         Raises:
             OSError: there is no server.
         """
-        return await connect(self.url, self._certificates())
+        return await connect(self.url, _trust(self.ca) if self.url.startswith("https:") else None)
 
     def tokens_made(self) -> int | None:
         """How many tokens the server has made since its start; None if its answers say how many they hold.
@@ -69,24 +70,23 @@ class Target:
         if self.kind != "ours":
             return None
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-        verify = self._certificates() or True
         try:
-            answer = httpx.get(f"{self.url}/metrics", headers=headers, verify=verify, trust_env=False)
+            answer = httpx.get(f"{self.url}/metrics", headers=headers, verify=_trust(self.ca), trust_env=False)
             text = answer.raise_for_status().text
         except httpx.HTTPError as error:
             raise LoadError(f"the server does not say how many tokens it has made: {error}") from None
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         return sum(int(sample.value) for sample in samples if sample.name == GENERATED)
 
-    def _certificates(self) -> ssl.SSLContext | None:
-        return None if self.ca is None else ssl.create_default_context(cafile=self.ca)
-
     def _content(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
         """Path and body. No protocol but ours and vLLM's has a word for going on past end tokens."""
         past_end = {"ignore_eos": True} if self.ignore_eos else {}
         if self.kind == "ours":
             parameters = {"max_new_tokens": prompt.new_tokens, "return_full_text": False, **past_end, **self.extra}
-            return f"/models/{self.model}/generate_stream", {"inputs": prompt.text, "parameters": parameters}
+            return f"/models/{quote(self.model, safe='')}/generate_stream", {
+                "inputs": prompt.text,
+                "parameters": parameters,
+            }
         if self.kind == "tgi":
             parameters = {"max_new_tokens": prompt.new_tokens, "details": True, **self.extra}
             return "/generate_stream", {"inputs": prompt.text, "parameters": parameters}
@@ -138,6 +138,12 @@ def read(kind: Kind, pieces: Sequence[Piece]) -> Reading:
         raise LoadError(f"this is no answer of the protocol {kind!r}: {error!r}") from None
     # An answer may be nothing but tokens without text; then its end is the first that its client sees
     return Reading(tuple(arrivals) or (pieces[-1][0],), "".join(texts), tokens)
+
+
+@functools.cache
+def _trust(ca: str | None) -> ssl.SSLContext:
+    """Reading all certificates takes longer than a request."""
+    return ssl.create_default_context(cafile=ca)
 
 
 def _said(kind: Kind, event: dict[str, Any]) -> tuple[str, int | None, int | None]:

@@ -108,18 +108,24 @@ class Lines(Generic[T]):
 
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
-        self._rest = b""
+        self._pieces: list[bytes] = []  # of the line that is coming
+        self._size = 0
 
     def feed(self, data: bytes) -> list[T]:
+        self._pieces.append(data)
+        self._size += len(data)
+        if b"\n" not in data:
+            if self._size > MAX_LINE_BYTES:
+                raise BrokenAnswer(f"a line of the stream is longer than {MAX_LINE_BYTES} bytes")
+            return []
         # Only at newlines: JSON may hold every other character at which Python's splitlines() would split
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            raise BrokenAnswer(f"a line of the stream is longer than {MAX_LINE_BYTES} bytes")
+        *lines, rest = b"".join(self._pieces).split(b"\n")
+        self._pieces, self._size = [rest], len(rest)
         contents = (line[len(b"data:") :].strip() for line in lines if line.startswith(b"data:"))
         return [self._decode(content) for content in contents if content != b"[DONE]"]
 
     def end(self) -> None:
-        if self._rest.strip():
+        if b"".join(self._pieces).strip():
             raise BrokenAnswer("the stream ended within a line")
 
     def _decode(self, content: bytes) -> T:

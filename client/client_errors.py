@@ -4,7 +4,7 @@
     ├── NoConnection                 nobody answers there, or not who the certificate should name; nothing was generated
     ├── TimedOut                     connected, but nothing came in time
     ├── BrokenAnswer                 what came is no answer, or ended before its end
-    ├── GenerationError     424 500  the request was accepted and could not be finished
+    ├── GenerationError     424 5xx  the request was accepted and could not be finished
     └── Refused             4xx 503  nothing was generated
         ├── InvalidRequest  400 413 415 422 431   ``field`` names what cannot be used
         ├── NotAuthorized   401 403  the API key is missing or wrong
@@ -96,7 +96,8 @@ _KINDS: dict[int, type[ClientError]] = {
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
     """The error that an answer other than 200 stands for, in whichever protocol it is written."""
     message, field = _message(body)
-    kind = _KINDS.get(status, InvalidRequest if 400 <= status < 500 else GenerationError)
+    usual = BrokenAnswer if status < 400 else InvalidRequest if status < 500 else GenerationError
+    kind = _KINDS.get(status, usual)
     text = message or f"the server answers with status {status} and does not say why"
     error = kind(text, status=status, field=field, request_id=headers.get("x-request-id"))
     seconds = headers.get("retry-after", "")

@@ -94,7 +94,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def ask(server: Server, arguments: argparse.Namespace) -> int:
     """One prompt, one answer."""
-    prompt = sys.stdin.read() if arguments.prompt in (None, "-") else arguments.prompt
+    # A pipe ends in a newline that nobody means
+    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt in (None, "-") else arguments.prompt
     if not prompt:
         raise ValueError("there is no prompt: give one as an argument or at standard input")
     drawn = any(value is not None for value in (arguments.top_p, arguments.top_k)) or bool(arguments.temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -35,16 +36,16 @@ class Conversation:
         self.finish_reason, self.usage = None, None
         question = {"role": "user", "content": text}
         answer = ""
+        body = {**self._request, "messages": [*self.messages, question]}
         try:
-            for chunk in self._session.stream(
-                ROUTE, {**self._request, "messages": [*self.messages, question]}, Lines(ChatChunk)
-            ):
-                self.usage = chunk.usage or self.usage
-                for choice in chunk.choices:
-                    self.finish_reason = choice.finish_reason or self.finish_reason
-                    if choice.delta.content:
-                        answer += choice.delta.content
-                        yield choice.delta.content
+            with contextlib.closing(self._session.stream(ROUTE, body, Lines(ChatChunk))) as chunks:
+                for chunk in chunks:
+                    self.usage = chunk.usage or self.usage
+                    for choice in chunk.choices:
+                        self.finish_reason = choice.finish_reason or self.finish_reason
+                        if choice.delta.content:
+                            answer += choice.delta.content
+                            yield choice.delta.content
         finally:
             if answer or self.finish_reason:
                 self.messages += [question, {"role": "assistant", "content": answer}]

@@ -44,7 +44,7 @@ class Server:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"{self.url!r} is not the URL of a server, such as http://127.0.0.1:9811")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             raise ValueError("an API key is made of printable ASCII characters")
@@ -201,9 +201,10 @@ def _translated(
     except asyncio.TimeoutError:
         raise server.too_late(seconds) from None
     except httpx.TransportError as error:
-        if watch is not None and watch.ran_out:
-            raise server.too_late(seconds) from None
-        raise transport_error(error, server.url) from error
+        if watch is None or not watch.ran_out:
+            raise transport_error(error, server.url) from error
+    if watch is not None and watch.ran_out:
+        raise server.too_late(seconds)
 
 
 def _shut(connection: socket) -> None:

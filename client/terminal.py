@@ -22,8 +22,9 @@ def prepare() -> None:
                 stream.reconfigure(errors="replace")  # it may not have every character
             else:
                 stream.reconfigure(encoding="utf-8")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() a line that can be edited)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() a line that can be edited)
 
 
 def nobody_reads() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 STALL = b"(stall)"  # in a script: nothing more comes until the client has left
 
@@ -90,6 +95,21 @@ def stream(*events: object, end: bytes = b"0\r\n\r\n") -> list[bytes]:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     parts = [head, *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)]
     return [*parts, end]
+
+
+def self_signed(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A new certificate of 127.0.0.1 that nobody else has signed, and a server's context with it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    certificate, key = folder / "server.pem", folder / "server.key"
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key)]
+    names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        ["openssl", "req", "-x509", *kind, "-out", str(certificate), *names], check=True, capture_output=True
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
 
 
 def _read(connection: socket.socket) -> Request | None:

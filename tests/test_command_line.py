@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_a_prompt_is_answered_from_an_argument_or_a_pipe(standin: Serving) -> No
     where = ("--url", standin.url, "--model", "llama2")
     assert run_process("ask", prompt, *where) == (0, f"{expected}\n", "")
     assert run_process("ask", *where, given=prompt.encode()) == (0, f"{expected}\n", "")
-    code, out, err = run("ask", "--json", "--max-tokens", "4", "--stop", "v", "--seed", "3", "-", *where, given="hi")
+    code, out, err = run("ask", "--json", "--max-tokens", "4", "--stop", "v", "--seed", "3", "-", *where, given="hi\n")
     assert (code, err) == (0, "")
     told = {"finish_reason": "stop_sequence", "generated_tokens": 3, "seed": 3}
     assert json.loads(out) == {"generated_text": "dg", **told}
@@ -169,6 +170,40 @@ def test_a_chat_for_programs_says_all_in_lines_of_json() -> None:
     common = {"role": "assistant", "finish_reason": "stop", "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
     assert code == 0
     assert list(map(json.loads, out.splitlines())) == [{**common, "content": "ab"}, {**common, "content": ""}]
+
+
+def test_a_talk_at_a_terminal_ends_with_ctrl_d() -> None:
+    with scripted(spoken("你好"), plain(400, '{"error": {"message": "too long"}}')) as server:
+        ours, theirs = pty.openpty()
+        words = ("chat", "--model", "m", "--url", server.url)
+        with start(*words, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+            os.close(theirs)
+            screen = Screen(ours)
+            screen.wait_for("> ")
+            for typed, expected in ((b"hello\r", "2 tokens in"), (b"again\r", "error: too long")):
+                os.write(ours, typed)
+                screen.wait_for(expected)
+                screen.wait_for("> ")
+            os.write(ours, b"\x04")
+            assert process.wait(60) == 0
+        os.close(ours)
+    assert "??" in screen.shown  # the characters that a terminal of ASCII does not have
+
+
+class Screen:
+    """What a terminal shows."""
+
+    def __init__(self, terminal: int) -> None:
+        self.shown = ""
+        self._terminal = terminal
+        self._seen = 0
+
+    def wait_for(self, text: str) -> None:
+        """Wait for ``text`` after what was waited for before."""
+        while (found := self.shown.find(text, self._seen)) < 0:
+            assert select.select([self._terminal], [], [], 30)[0], f"no {text!r} in {self.shown!r}"
+            self.shown += os.read(self._terminal, 1000).decode()
+        self._seen = found + len(text)
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat() -> None:

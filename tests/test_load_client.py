@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_server import STALL, ScriptedServer, plain, scripted, stream
+from scripted_server import STALL, ScriptedServer, plain, scripted, self_signed, stream
 from serving_processes import ROOT, Serving
 from tokenizers import Tokenizer
 
@@ -334,6 +334,15 @@ def test_a_kept_connection_that_the_server_closes_is_made_anew() -> None:
         found = asyncio.run(traffic.closed_loop([Prompt("hi", 7)] * 2, 1))
         assert len(server.requests) == 3
     assert [one.error for one in found] == [None, None]
+
+
+def test_a_load_over_tls_checks_the_certificate(tmp_path: Path) -> None:
+    certificate, context = self_signed(tmp_path)
+    with scripted(stream({"choices": [{"text": "a"}]}, USAGE), context=context) as server:
+        for ca, error in ((str(certificate), None), (None, "certificate verify failed")):
+            traffic = Traffic(Target("openai", server.url, "m", ca=ca), answer_seconds=30.0)
+            [found] = asyncio.run(traffic.closed_loop([Prompt("hi", 7)], 1))
+            assert found.error == error or (error and error in (found.error or ""))
 
 
 def load_client(*words: str) -> subprocess.CompletedProcess[str]:
