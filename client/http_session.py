@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import ssl
 import time
 from collections.abc import AsyncGenerator, Generator
@@ -62,12 +61,8 @@ class Server:
             "trust_env": urlsplit(self.url).hostname not in LOOPBACK,  # no proxy leads to this machine
         }
 
-    def timeout(self, read: float | None) -> httpx.Timeout:
-        """For one call; ``read`` is how long its answer may take."""
-        connect = self.timeouts.connect
-        return httpx.Timeout(connect=connect, read=read, write=read, pool=connect)
-
     def too_late(self, seconds: float | None) -> TimedOut:
+        """The error after so many seconds of waiting."""
         return TimedOut(f"{self.url} sent nothing for {seconds} seconds")
 
 
@@ -116,23 +111,20 @@ class Session:
 
     def _send(self, path: str, body: object, read: float | None) -> httpx.Response:
         """A response of status 200 whose body is still to be read, after as many tries as it takes."""
-        timeout = self._server.timeout(read)
-        for tried in itertools.count(1):
+        tried = 0
+        while True:
             try:
                 with _translated(self._server):
-                    request = self._http.build_request(
-                        "GET" if body is None else "POST", path, json=body, timeout=timeout
-                    )
-                    response = self._http.send(request, stream=True)
+                    response = self._http.send(_request(self._http, self._server, path, body, read), stream=True)
                     if response.status_code == httpx.codes.OK:
                         return response
                     with contextlib.closing(response):
                         raise refusal(response.status_code, response.headers, response.read())
             except ClientError as error:
+                tried += 1
                 if (wait := self._server.retries.wait(tried, error)) is None:
                     raise
             time.sleep(wait)
-        raise AssertionError("counting has no end")
 
 
 class AsyncSession:
@@ -172,23 +164,28 @@ class AsyncSession:
 
     async def _send(self, path: str, body: object, read: float | None) -> httpx.Response:
         """As ``Session._send``."""
-        timeout = self._server.timeout(read)
-        for tried in itertools.count(1):
+        tried = 0
+        while True:
             try:
                 with _translated(self._server):
-                    request = self._http.build_request(
-                        "GET" if body is None else "POST", path, json=body, timeout=timeout
-                    )
-                    response = await self._http.send(request, stream=True)
+                    response = await self._http.send(_request(self._http, self._server, path, body, read), stream=True)
                     if response.status_code == httpx.codes.OK:
                         return response
                     async with contextlib.aclosing(response):
                         raise refusal(response.status_code, response.headers, await response.aread())
             except ClientError as error:
+                tried += 1
                 if (wait := self._server.retries.wait(tried, error)) is None:
                     raise
             await asyncio.sleep(wait)
-        raise AssertionError("counting has no end")
+
+
+def _request(
+    http: httpx.Client | httpx.AsyncClient, server: Server, path: str, body: object, read: float | None
+) -> httpx.Request:
+    connect = server.timeouts.connect
+    timeout = httpx.Timeout(connect=connect, read=read, write=read, pool=connect)
+    return http.build_request("GET" if body is None else "POST", path, json=body, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -368,6 +368,19 @@ def test_a_short_load_on_a_server(standin: Serving, tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tgi", "openai", "chat"])
+def test_our_server_says_its_tokens_in_every_protocol(standin: Serving, kind: Kind, tmp_path: Path) -> None:
+    words = ("--protocol", kind, "--rate", "200", "-n", "9", "--output", str(tmp_path / "found"))
+    done = load_client(standin.url, *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert (report["failed"], report["tokens_are"]) == (0, SAID)
+    assert all(0 < answer["tokens"] <= answer["asked"] for answer in report["answers"])
+    if kind != "tgi":  # which has no word for going on past end tokens
+        assert all(answer["tokens"] == answer["asked"] for answer in report["answers"])
+
+
 def test_a_server_that_refuses_all_ends_the_load(standin: Serving) -> None:
     done = load_client(standin.url, "--rate", "100", "-n", "3", "--model", "nobody")
     assert (done.returncode, done.stdout) == (2, "")
