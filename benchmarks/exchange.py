@@ -100,10 +100,10 @@ class Exchange(asyncio.Protocol):
             self._finish(Closed(f"the server closed the connection: {exc or 'no reason given'}"))
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, with no farewell that the other side would have to answer, as TLS has one."""
         assert self._transport is not None
         self.open = False
-        self._transport.close()
+        self._transport.abort()
 
     def _read_head(self) -> None:
         head, found, body = b"".join(data for _, data in self._pieces).partition(b"\r\n\r\n")
