@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from benchmarks.serve_report import Run
 from benchmarks.target import KINDS, Target
 from benchmarks.traffic import Traffic
 from benchmarks.workload import drawn, from_file, lengths
+from client.command_line import KEY
 
 PROGRESS_SECONDS = 0.5  # between two looks
 USUAL_OUTPUT = "128"  # tokens of an answer, where lengths are drawn
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = "; ".join(f"{kind}: {words}" for kind, words in KINDS.items())
     top.add_argument("--protocol", choices=KINDS, default="ours", help=f"{kinds} (default: %(default)s)")
     top.add_argument("--model", default="llama2", help="the name under which it is served (default: %(default)s)")
-    top.add_argument("--api-key", help="sent as Authorization: Bearer")
+    top.add_argument("--api-key", default=os.environ.get(KEY), help=f"better in ${KEY}: others see command lines")
     top.add_argument("--ca", metavar="FILE", help="certificates to trust instead of the usual ones")
     top.add_argument("--extra", type=option(fields), default={}, metavar="JSON", help="more fields of each request")
     top.add_argument("--end-tokens", action="store_true", help="let answers end where the model ends them")
@@ -56,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--arrivals", choices=PATTERNS, default="poisson", help="of an open loop (default: %(default)s)")
     top.add_argument("--burst", type=option(count), default=8, help="requests of a burst (default: %(default)s)")
     top.add_argument("-n", "--requests", type=option(count), default=64, help="in all (default: %(default)s)")
-    top.add_argument("--warm-up", type=int, default=2, help="requests before, not counted (default: %(default)s)")
+    top.add_argument(
+        "--warm-up", type=option(whole), default=2, help="requests before, not counted (default: %(default)s)"
+    )
     top.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     top.add_argument(
         "--timeout", type=option(positive), default=ANSWER_SECONDS, help="seconds for an answer (%(default)g)"
@@ -99,9 +103,18 @@ def positive(text: str) -> float:
     return number
 
 
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    if (number := int(text)) < 0:
+        raise ValueError(f"{text} is below 0")
+    return number
+
+
 def count(text: str) -> int:
     """A whole number above 0."""
-    return int(positive(str(int(text))))
+    if (number := int(text)) < 1:
+        raise ValueError(f"{text} is not above 0")
+    return number
 
 
 def fields(text: str) -> dict[str, Any]:

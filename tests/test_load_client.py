@@ -393,6 +393,8 @@ def test_a_server_that_refuses_all_ends_the_load(standin: Serving) -> None:
         (["--rate", "0"], "0 is not above 0"),
         (["--rate", "nan"], "not above 0"),
         (["-c", "1.5"], "1.5"),
+        (["-c", "0"], "0 is not above 0"),
+        (["-c", "1", "--warm-up", "-1"], "-1 is below 0"),
         (["-c", "1", "--rate", "1"], "not allowed with"),
         ([], "one of the arguments"),
         (["-c", "1", "--slo", "x:1"], "limits are written like"),
