@@ -34,7 +34,9 @@ setup(
         "sse-starlette",
         "msgspec",  # configuration, manifests and the wire
         "PyYAML",
+        "typing-extensions",  # what typing has since Python 3.11
         "tokenizers",
+        "httpx",  # the Python client and the command line
         "jinja2",  # chat templates, sandboxed
         "llguidance",  # structured output
         "prometheus-client",
@@ -43,14 +45,13 @@ setup(
         "sentencepiece",
     ],
     extras_require={
-        "bench": ["httpx", "psutil"],
+        "bench": ["psutil"],
         # transformers with torch is the reference that our networks are compared with; nothing else uses them
         "test": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
             "jsonschema",
-            "httpx",
             "httpx-sse",  # clients that people reach the server with
             "sseclient-py",
             "huggingface_hub",

@@ -25,7 +25,8 @@ from types import FrameType
 from tokenizers import Tokenizer
 
 from benchmarks import machine, prompts, report, servers
-from benchmarks.load import Load, LoadError, measure
+from benchmarks.exchange import LoadError
+from benchmarks.load import Load, measure
 from benchmarks.report import Comparison, Measured
 from benchmarks.servers import Server
 from benchmarks.weights import step_bytes

@@ -1,12 +1,15 @@
-"""A bar chart as SVG text: groups of bars, one colour for each series."""
+"""Charts as SVG text, one colour for each series: groups of bars, and curves over percentiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 COLOURS = ("#2563eb", "#f59e0b", "#6b7280", "#10b981")
 BAR, GAP, HEIGHT, TOP, LEFT = 34, 30, 240, 60, 20  # pixels
+WIDTH, MARGIN = 560, 64  # of curves, and where their numbers stand
+POINTS = 400  # of a curve at most
 
 
 def bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
@@ -14,16 +17,7 @@ def bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float 
     highest = max((value for values in series.values() for value in values if value is not None), default=0) or 1
     group_width = len(series) * BAR + GAP
     width, base = 2 * LEFT + len(groups) * group_width, TOP + HEIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{base + 40}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{base + 40}" fill="white"/>',
-        f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
-    ]
-    for number, name in enumerate(series):
-        x = LEFT + number * 110
-        parts.append(f'<rect x="{x}" y="30" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 15}" y="39">{escape(name)}</text>')
+    parts = head(title, series, width, base + 40)
     for place, group in enumerate(groups):
         left = LEFT + place * group_width
         middle = left + len(series) * BAR / 2
@@ -42,3 +36,54 @@ def bar(x: float, base: float, value: float, height: float, colour: str) -> list
         f'<rect x="{x + 2}" y="{base - height:.1f}" width="{BAR - 4}" height="{height:.1f}" fill="{colour}"/>',
         f'<text x="{x + BAR / 2}" y="{base - height - 4:.1f}" text-anchor="middle">{value:.0f}</text>',
     ]
+
+
+def curves(title: str, unit: str, series: Mapping[str, Sequence[float]]) -> str:
+    """Draw each of ``series`` ordered: at 90 on the way right stands what 90 % of its values do not exceed.
+
+    All share one logarithmic scale; values below a thousandth of the largest lie on its lower edge.
+    """
+    drawn = {name: sorted(values) for name, values in series.items() if values}
+    highest = max((values[-1] for values in drawn.values()), default=1.0) or 1.0
+    lowest = max(highest / 1000, min((values[0] for values in drawn.values()), default=1.0))
+    bottom, top = math.floor(math.log10(lowest)), math.ceil(math.log10(highest))
+    top = max(top, bottom + 1)
+    base = TOP + HEIGHT
+    parts = head(title, drawn, MARGIN + WIDTH + LEFT, base + 40)
+
+    def y(value: float) -> float:
+        return base - (math.log10(max(value, 10**bottom)) - bottom) / (top - bottom) * HEIGHT
+
+    for power in range(bottom, top + 1):
+        line = y(10**power)
+        parts.append(f'<line x1="{MARGIN}" y1="{line:.1f}" x2="{MARGIN + WIDTH}" y2="{line:.1f}" stroke="#e5e7eb"/>')
+        label = f"{10**power:g} {escape(unit)}"
+        parts.append(f'<text x="{MARGIN - 6}" y="{line + 4:.1f}" text-anchor="end">{label}</text>')
+    for share in (0, 25, 50, 75, 90, 100):
+        x = MARGIN + share / 100 * WIDTH
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{base}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{share} %</text>')
+    for number, values in enumerate(drawn.values()):
+        steps = min(POINTS, max(2, len(values)))
+        places = [i / (steps - 1) for i in range(steps)]
+        points = " ".join(
+            f"{MARGIN + place * WIDTH:.1f},{y(values[round(place * (len(values) - 1))]):.1f}" for place in places
+        )
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def head(title: str, names: Iterable[str], width: int, height: int) -> list[str]:
+    """The beginning of a picture: its paper, title and legend."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
+    ]
+    for number, name in enumerate(names):
+        x = LEFT + number * 110
+        parts.append(f'<rect x="{x}" y="30" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{x + 15}" y="39">{escape(name)}</text>')
+    return parts

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.load import Target
+from benchmarks.target import Target
 from config.serving_config import ServingConfig
 
 ROOT = Path(__file__).resolve().parent.parent

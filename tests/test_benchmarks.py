@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -12,54 +10,24 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_server import stream
 from tokenizers import Tokenizer
 
 from benchmarks import load, picture, prompts, publish, quality, report
-from benchmarks.load import Answer, Load, LoadError, Target
+from benchmarks.exchange import LoadError
+from benchmarks.latency import Answer
+from benchmarks.load import Load
 from benchmarks.machine import Machine
 from benchmarks.prompts import Prompt
 from benchmarks.report import Comparison, Measured
+from benchmarks.target import Target
 
 ROOT = Path(__file__).parent.parent
 
 
-def chunked(*chunks: bytes) -> bytes:
-    return b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (*chunks, b""))
-
-
-@given(cuts=st.lists(st.integers(0, 200), max_size=20))
-def test_events_are_read_however_an_answer_is_cut(cuts: list[int]) -> None:
-    answer = chunked(b'data: {"data": "a"}\r\n\r\n', b'data: {"da', b'ta": "\xc3', b'\xa9"}\n\ndata: [DONE]\n\n')
-    places = sorted({0, *(cut for cut in cuts if cut < len(answer)), len(answer)})
-    pieces = [(float(i), answer[a:b]) for i, (a, b) in enumerate(itertools.pairwise(places))]
-    found = list(load.events(pieces))
-    assert [event["data"] for _, event in found] == ["a", "é"]
-    ends = [answer.index(end) + len(end) for end in (b'"a"}\r\n', b'"}\n')]
-    assert [when for when, _ in found] == [
-        next(i for i, place in enumerate(places[1:]) if place >= end) for end in ends
-    ]
-
-
-@given(cuts=st.lists(st.integers(0, 200), max_size=20))
-def test_an_answer_ends_with_its_last_byte_however_it_is_cut(cuts: list[int]) -> None:
-    answer = chunked(b"data: 1\n\n", b"data: 20\r\n\r\n")
-    places = sorted({0, *(cut for cut in cuts if 20 < cut < len(answer)), len(answer)})
-
-    async def ended() -> list[bool]:
-        exchange = load.Exchange()
-        end_of_answer = exchange.expect()
-        seen = []
-        for start, end in itertools.pairwise(places):
-            exchange.data_received(answer[start:end])
-            seen.append(end_of_answer.done())
-        return seen
-
-    assert asyncio.run(ended()) == [False] * (len(places) - 2) + [True]
-
-
 def test_an_answer_of_other_than_the_tokens_that_were_asked_for_is_an_error() -> None:
     text, usage = {"choices": [{"text": "hi"}]}, {"choices": [], "usage": {"completion_tokens": 3}}
-    pieces = [(1.5, chunked(*(b"data: %s\n\n" % json.dumps(event).encode() for event in (text, usage))))]
+    pieces = [(1.5, b"".join(stream(text, usage)))]
     assert load.answer_of("openai", Prompt("", 3), 1.0, pieces) == Answer(3, 1.0, (1.5,))
     with pytest.raises(LoadError, match="3 tokens instead of 4"):
         load.answer_of("openai", Prompt("", 4), 1.0, pieces)

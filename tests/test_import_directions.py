@@ -34,6 +34,21 @@ PURE = tuple(
     for noun in ("block_manager", "prefix_keys", "request", "scheduler", "step", "step_plan", "trials")
 )
 PURE_MAY_IMPORT = ["agent.protocol", *(file.removesuffix(".py").replace("/", ".") for file in PURE)]
+# What speaks to a server over HTTP like everybody else, though it lives in the app's package.
+CLIENT = (
+    "client/__init__.py",
+    "client/__main__.py",
+    "client/answers.py",
+    "client/client_errors.py",
+    "client/command_line.py",
+    "client/conversation.py",
+    "client/http_session.py",
+    "client/inference_client.py",
+    "client/patience.py",
+    "client/server_status.py",
+    "client/terminal.py",
+)
+CLIENT_MAY_IMPORT = ["config.version", *(file.removesuffix(".py").replace("/", ".") for file in CLIENT)]
 IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select", "socket", "threading", "time"]
 MINDSPORE_IN = ("agent/model_runner.py", "models/", "kernels/")
 
@@ -77,6 +92,8 @@ def wrong_turns(file: str, names: Collection[str]) -> list[str]:
     if file in PURE:
         wrong += [name for name in names if inside(name, IMPURE)]
         wrong += [name for name in names if inside(name, OURS) and not inside(name, PURE_MAY_IMPORT)]
+    if file in CLIENT:
+        wrong += [name for name in names if inside(name, OURS) and not inside(name, CLIENT_MAY_IMPORT)]
     return wrong
 
 
@@ -101,6 +118,8 @@ def test_imports_keep_their_direction(file: str) -> None:
         ("agent/agent.py", "import mindspore as ms"),
         ("agent/model_runner.py", "from models.network import Network"),
         ("client/deployment.py", "import agent.protocol"),
+        ("client/inference_client.py", "from server.errors import ServingError"),
+        ("client/inference_client.py", "from client.schemas.legacy import LegacyRequest"),
         ("config/manifest.py", "from models import export"),
         ("models/export.py", "from server.tokenizer import Tokenizer"),
         ("models/export.py", "from . import graphs"),
@@ -114,6 +133,14 @@ def test_a_wrong_turn_is_seen(file: str, code: str) -> None:
 @pytest.mark.parametrize("module", ["client.server_app_post", "start", "start_agent", "agent.__main__"])
 def test_what_needs_no_mindspore_starts_without_it(module: str) -> None:
     code = f"import sys, {module}; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_python_client_starts_without_the_server() -> None:
+    code = (
+        "import sys, client.command_line; from client import MindsporeInferenceClient; "
+        "sys.exit(str([name for name in sys.modules if name.split('.')[0] in ('server', 'agent', 'fastapi')]) != '[]')"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

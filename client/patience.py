@@ -1,0 +1,110 @@
+"""How long a client waits, and how often it tries."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from client.client_errors import ClientError, NoConnection, NotServing, Overloaded
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """The longest waits, in seconds; None waits forever."""
+
+    connect: float | None = 5.0
+    first_token: float | None = 300.0  # of a stream: in the server's queue, and for the prompt
+    between_tokens: float | None = 60.0  # of a stream, after that
+    answer: float | None = 600.0  # for an answer in one piece
+
+    @classmethod
+    def all(cls, seconds: float | None) -> Timeouts:
+        """Wait this long at most, whatever for."""
+        return cls(seconds, seconds, seconds, seconds)
+
+    @property
+    def longest_of_stream(self) -> float | None:
+        """No read of a stream may take longer."""
+        if self.first_token is None or self.between_tokens is None:
+            return None
+        return max(self.first_token, self.between_tokens)
+
+
+@dataclass(frozen=True)
+class Retries:
+    """Another try, only where the server has generated nothing: it was not there, or it refused for the moment."""
+
+    times: int = 3  # after the first try
+    longest_wait: float = 10.0  # seconds; a server that names a later time is not asked again
+    first_wait: float = 0.25  # where the server names no time; twice as long each time
+
+    def wait(self, tried: int, error: ClientError) -> float | None:
+        """Seconds until the next try after ``tried`` ones; None if ``error`` is final.
+
+        Never earlier than the server says, and up to half as long again, so that clients do not come back all at once.
+        """
+        if tried > self.times or not isinstance(error, NoConnection | Overloaded | NotServing):
+            return None
+        if isinstance(error, NoConnection):
+            named = None
+            if error.lasting:
+                return None
+        else:
+            named = error.retry_after
+        wait = self.first_wait * 2 ** (tried - 1) if named is None else named
+        return None if wait > self.longest_wait else wait * random.uniform(1.0, 1.5)
+
+
+TIMEOUTS, RETRIES = Timeouts(), Retries()  # unless others are given
+
+
+class Watch:
+    """Breaks a blocking read off that takes too long, from a thread of its own.
+
+    httpx has one timeout for all reads of an answer, which cannot be changed between the first one and the next.
+    """
+
+    def __init__(self, break_off: Callable[[], None]) -> None:
+        self.ran_out = False
+        self._break_off = break_off
+        self._changed = threading.Condition()
+        self._deadline: float | None = None
+        self._closed = False
+        threading.Thread(target=self._run, name="answer watch", daemon=True).start()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float | None) -> Iterator[None]:
+        """What happens inside has so many seconds."""
+        self._set(None if seconds is None else time.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self._set(None)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _set(self, deadline: float | None) -> None:
+        with self._changed:
+            # A thread that waits for an earlier time finds the new one when it wakes
+            must_wake = deadline is not None and self._deadline is None
+            self._deadline = deadline
+            if must_wake:
+                self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    self.ran_out = True
+                    self._break_off()
+                    return
+                self._changed.wait(left)
