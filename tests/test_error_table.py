@@ -95,7 +95,9 @@ ELSEWHERE = {  # produced by a test of its own below
     "the server could not finish this request; its log says why under request id …",
     "… is not ready yet: it waits for its agents at …",
     "waiting for …: agents at …",
-    "the agents do not answer",
+    "inputs: has … tokens; this server takes …",
+    "max_new_tokens: … is more than the … that this server gives",
+    "no turn came within … s; try again later",
     "the server is stopping",
     "the server is shutting down",
     "the server is shutting down and has not finished this answer",
@@ -171,20 +173,24 @@ def test_a_drain(tmp_path: Path) -> None:
         check(unfinished.result(), "the server is shutting down and has not finished this answer")
 
 
-@pytest.mark.slow
-def test_agents_that_are_gone(tmp_path: Path) -> None:
-    with serving(tmp_path) as deployment:
-        assert deployment.agents is not None
-        deployment.agents.stop()
+def test_limits_of_the_engine(tmp_path: Path) -> None:
+    limits = {"max_num_seqs": 1, "max_prompt_tokens": 20, "max_new_tokens": 200, "max_queue_seconds": 0.1}
+    with serving(tmp_path, [{"step_seconds": 0.02}], limits=limits) as deployment, ThreadPoolExecutor() as threads:
         client = deployment.client()
-        message = "the agents do not answer"
-        eventually(lambda: message in client.post(LEGACY, json={"inputs": "x"}).text, seconds=60)
-        check(client.post(LEGACY, json={"inputs": "x"}), message)
+        check(client.post(LEGACY, json={"inputs": "x" * 30}), "inputs: has … tokens; this server takes …")
+        body: dict[str, Any] = {"inputs": "x", "parameters": {"ignore_eos": True, "max_new_tokens": 201}}
+        check(client.post(LEGACY, json=body), "max_new_tokens: … is more than the … that this server gives")
+        body["parameters"]["max_new_tokens"] = 200
+        running = threads.submit(client.post, LEGACY, json=body)
+        eventually(lambda: b'"data": 1}' in client.get("/serving/get_bs").content)
+        check(client.post(LEGACY, json=body), "no turn came within … s; try again later")
+        assert running.result().status_code == 200
 
 
 # What LLMServer says to programs that use it without the routes, which refuse the same or never ask for it.
 NOT_OVER_HTTP = {
     "is empty",
+    "the agents do not answer",
     "must be at least 1",
     "holds an empty string",
     "token id … is outside 0 … …",
