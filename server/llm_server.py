@@ -51,7 +51,9 @@ class LLMServer:
         verify_files(model.path, msgspec.structs.replace(self.manifest, files=texts))
         self.tokenizer = Tokenizer(model.path, self.manifest.tokenizer)
         self._limits = config.limits
-        self._agents = AgentGroup(model, self.manifest, config.secret_path(model))
+        self._agents = AgentGroup(
+            model, self.manifest, config.limits, config.secret_path(model), config.state_path(model)
+        )
         self._metrics = ModelMetrics(metrics or Metrics(), model.names[0])
         self._hello: Hello | None = None
         self._loop: StepLoop | None = None
