@@ -14,7 +14,7 @@ FAREWELL_SECONDS = 10.0  # for the step that runs when another server comes, and
 
 
 class Connection:
-    """An accepted socket with its channel. One thread reads and writes; others may ``beat``, ``interrupt`` or ``replace``.
+    """An accepted socket with its channel. One thread reads and writes, others ``beat``, ``interrupt``, ``replace``.
 
     Attributes:
         replaced_by: the process id of the server that has taken the agent from this one.

@@ -72,9 +72,10 @@ def exit_with_launcher() -> None:
 
 
 class Report:
-    """The agent's side: the line that says how its start went, and the signs of life after it. An error that nobody handles is a failed start.
+    """The agent's side: the line that says how its start went, and the signs of life after it.
 
-    Libraries write to standard output as well, so it is led to standard error and the report keeps the original.
+    An error that nobody handles is a failed start. Libraries write to standard output as well, so it is led to standard
+    error and the report keeps the original.
     """
 
     def __init__(self) -> None:
