@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from agent.logits import Logits
+from agent.protocol import Ints
 from agent.runner import Runner
 from agent.step_batch import StepBatch
 from config.serving_config import LimitsConfig
@@ -38,6 +39,10 @@ class TimedRunner:
     def overdue(self) -> bool:
         end = self._end
         return end is not None and time.monotonic() > end
+
+    def copy_blocks(self, copies: Ints) -> None:
+        """``Runner.copy_blocks``, which is over at once."""
+        self._runner.copy_blocks(copies)
 
     def run(self, batch: StepBatch) -> Logits:
         """``Runner.run``, on the clock."""

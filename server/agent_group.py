@@ -75,7 +75,19 @@ class AgentGroup:
 
     @property
     def connected(self) -> bool:
+        """Whether there are connections, be it that one is lost and ``receive`` has yet to say so."""
+        return self._ready
+
+    @property
+    def alive(self) -> bool:
+        """Whether every agent is connected and gives signs of life."""
         return self._ready and not any(agent.lost for agent in self._agents.values())
+
+    @property
+    def restarts(self) -> int:
+        """How often their launcher has started the agents again; 0 also where that is not known."""
+        state = read_state(self._state_path)
+        return state.restarts if state else 0
 
     async def connect(self) -> Hello:
         """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.

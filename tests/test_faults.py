@@ -1,127 +1,19 @@
-"""Faults under load, through real processes: nothing is lost, no text changes, no block leaks, and readiness says so."""
+"""Faults under load, through real processes: nothing is lost, no text changes, no block leaks; readiness tells."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import select
 import signal
-import socket
-import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
-import yaml
-from legacy_client import event_text, events
-from serving_processes import Process, Serving, eventually, free_ports, serving, standin_deployment
+from faulty_deployment import Faulty
+from serving_processes import eventually
 
 STREAMS = 8
-TOKENS = 100  # of each answer: two seconds, so that all are under way when something happens
-SLOW = {"step_seconds": 0.02}
-
-
-class Proxy:
-    """Stands between app and agent, and passes bytes on until it is told otherwise."""
-
-    def __init__(self, target: int) -> None:
-        self.stalled = threading.Event()
-        self.corrupt = threading.Event()
-        self._target = target
-        self._ends: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Break what is connected now."""
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                app, _ = self._listener.accept()
-                threading.Thread(target=self._pass_on, args=(app,), daemon=True).start()
-
-    def _pass_on(self, app: socket.socket) -> None:
-        with contextlib.suppress(OSError), app, socket.create_connection(("127.0.0.1", self._target)) as agent:
-            self._ends += [app, agent]
-            while True:
-                for end in select.select([app, agent], [], [])[0]:
-                    data = end.recv(1 << 16)
-                    if not data:
-                        return
-                    if self.stalled.is_set():
-                        continue  # lost on the way
-                    if self.corrupt.is_set():
-                        self.corrupt.clear()
-                        data = data[:-1] + bytes([data[-1] ^ 1])
-                    (agent if end is app else app).sendall(data)
-
-
-class Faulty:
-    """A deployment whose app reaches its agent through a proxy."""
-
-    def __init__(self, folder: Path) -> None:
-        self.serving: Serving = standin_deployment(folder, [SLOW])
-        content = yaml.safe_load(self.serving.config_path.read_text())
-        [self.agent_port] = content["models"][0]["agent_ports"]
-        self.agents: Process = self.serving.start_agents()
-        self.proxy = Proxy(self.agent_port)
-        content["models"][0]["agent_ports"] = [self.proxy.port]
-        content["models"][0]["secret_file"] = str(folder / "logs" / f"agents-{self.agent_port}.secret")
-        self._agents_config = self.serving.config_path
-        self.serving.config_path = folder / "app.yaml"
-        self.serving.config_path.write_text(yaml.safe_dump(content))
-        self.serving.start_app()
-        self.client = self.serving.client()
-
-    def agent(self) -> psutil.Process:
-        """The agent of now."""
-        [agent] = self.agents.children()
-        return agent
-
-    def restart_launcher(self) -> None:
-        """Kill the launcher, see its agent go, start another."""
-        agent = self.agent()
-        self.agents.send(signal.SIGKILL)
-        self.agents.wait()
-        assert psutil.wait_procs([agent], timeout=20)[1] == []
-        self.agents = self.serving.agents = Process("start_agent.py", "--config", self._agents_config)
-        self.agents.wait_for("all agents started")
-
-    def ask(self, number: int) -> str:
-        """One request's text; every other one is streamed."""
-        parameters = {"ignore_eos": True, "max_new_tokens": TOKENS + number, "return_full_text": False}
-        body = {"inputs": f"prompt {number}", "parameters": {**parameters, "return_protocol": "sse"}}
-        if number % 2:
-            response = self.client.post("/models/llama2/generate_stream", json=body)
-            assert response.status_code == 200, response.text
-            assert events(response.content)[-1]["event"] != "error", response.text
-            return event_text(response.content)
-        response = self.client.post("/models/llama2", json=body)
-        assert response.status_code == 200, response.text
-        text: str = response.json()["generated_text"]
-        return text
-
-    def gauge(self, name: str) -> float:
-        [value] = re.findall(rf"^\w*{name}(?:{{.*}})? (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
-        return float(value)
-
-    def stop(self) -> None:
-        self.serving.stop()
-        self.proxy.close()
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +68,7 @@ def kill_launcher(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [kill, cut, corrupt, stall, pytest.param(stop), pytest.param(crash, marks=pytest.mark.slow), kill_launcher],
+    [kill, cut, corrupt, stall, stop, kill_launcher, pytest.param(crash, marks=pytest.mark.slow)],
 )
 def test_nothing_is_lost(faulty: Faulty, undisturbed: list[str], fault: Callable[[Faulty], None]) -> None:
     lost = faulty.gauge("connections_lost_total")
@@ -198,6 +90,7 @@ def test_readiness_while_the_agent_is_away(faulty: Faulty) -> None:
     eventually(lambda: faulty.client.get("/health/ready").status_code == 503)  # noticed though nothing runs
     eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
     assert faulty.agent().pid != before
+    assert faulty.gauge("agent_restarts") >= 1
     assert "was ended by SIGKILL after no sign of life for 5 s; starting its model again" in faulty.agents.output
 
 
@@ -217,16 +110,30 @@ def test_the_next_app_finds_the_agents(faulty: Faulty, undisturbed: list[str]) -
 
 
 @pytest.mark.slow
-def test_a_step_that_hangs_again_and_again_ends_in_an_error(tmp_path: Path) -> None:
-    """The deadline of a step ends the agent, restarts follow, and when they are used up the requests end."""
-    ports = free_ports(2)  # the second model keeps the launcher alive
-    models = [{"step_seconds": 3.0, "agent_ports": ports[:1]}, {"agent_ports": ports[1:]}]
-    with serving(tmp_path, models, limits={"step_seconds": 0.3, "step_seconds_per_token": 0.0}) as deployment:
-        client = deployment.client(headers={"x-request-id": "hung"})
-        response = client.post("/models/llama2", json={"inputs": "hi", "parameters": {"max_new_tokens": 4}})
-        assert response.status_code == 500, response.text
-        assert deployment.agents is not None
-        assert "exited with code 3; giving up llama2" in deployment.agents.output
-        assert "given up after 5 restarts in a row" in deployment.log
-        other = client.post("/models/model1", json={"inputs": "hi", "parameters": {"max_new_tokens": 4}})
-        assert other.status_code == 200
+def test_who_was_stopped_does_not_take_that_for_the_silence_of_others(faulty: Faulty, undisturbed: list[str]) -> None:
+    agent, lost = faulty.agent().pid, faulty.gauge("connections_lost_total")
+    assert faulty.serving.app is not None
+    for process, seconds in ((faulty.agents, 8.0), (faulty.serving.app, 4.0)):
+        process.send(signal.SIGSTOP)
+        time.sleep(seconds)  # longer than it would wait for a sign of life
+        process.send(signal.SIGCONT)
+        assert faulty.ask(1) == undisturbed[1]
+    assert (faulty.agent().pid, faulty.gauge("connections_lost_total")) == (agent, lost)
+
+
+@pytest.mark.slow
+def test_agents_that_hang_at_every_step_are_given_up(tmp_path: Path) -> None:
+    """The deadline of a step ends the agent, restarts follow, and only when they are used up the requests end."""
+    faulty = Faulty(tmp_path, model={"step_seconds": 3.0}, limits={"step_seconds": 60.0})
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            faulty.restart_launcher(limits={"step_seconds": 0.3, "step_seconds_per_token": 0.0})
+            answer = threads.submit(faulty.ask, 0)
+            with pytest.raises(AssertionError, match="could not be finished"):
+                answer.result()
+        assert faulty.agents.wait() == 1
+        assert "exited with code 3; giving up" in faulty.agents.output
+        assert "given up after 5 restarts in a row" in faulty.serving.log
+        assert faulty.client.get("/health/ready").status_code == 503
+    finally:
+        faulty.stop()
