@@ -17,7 +17,8 @@ bytes of little-endian ``int32`` or ``float32`` numbers; ``ints`` and ``floats``
 The server's first frame is ``Attach``, which proves that it knows the secret and takes the agent over from an earlier
 connection; the agent forgets what that one left in its seats and answers with ``Hello``. From then on it answers every
 ``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order; the next plan may be sent before that. A ``Heartbeat``
-comes twice a second, even before ``Hello``. ``Replaced`` is the last frame to a server whose agent another one has taken.
+comes twice a second, even before ``Hello``. ``Replaced`` is the last frame to a server whose agent another one has
+taken.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ class Faulty:
         self.proxy = Proxy(self.agent_port)
         content["models"][0]["agent_ports"] = [self.proxy.port]
         content["models"][0]["secret_file"] = str(folder / "logs" / f"agents-{self.agent_port}.secret")
+        state = folder / "logs" / f"agents-{self.agent_port}.state"
+        state.with_name(f"agents-{self.proxy.port}.state").symlink_to(state)  # where the app looks, by the port
         self._agents_config = self.serving.config_path
         self.serving.config_path = folder / "app.yaml"
         self.serving.config_path.write_text(yaml.safe_dump(content))

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faulty_deployment import Faulty
+from faulty_deployment import SLOW, Faulty
 from serving_processes import eventually
+
+from agent.arithmetic_model import write_model
 
 STREAMS = 8
 
@@ -122,18 +124,36 @@ def test_who_was_stopped_does_not_take_that_for_the_silence_of_others(faulty: Fa
 
 
 @pytest.mark.slow
-def test_agents_that_hang_at_every_step_are_given_up(tmp_path: Path) -> None:
-    """The deadline of a step ends the agent, restarts follow, and only when they are used up the requests end."""
-    faulty = Faulty(tmp_path, model={"step_seconds": 3.0}, limits={"step_seconds": 60.0})
+def test_a_request_whose_steps_hang_ends_with_an_error(tmp_path: Path) -> None:
+    """The agent ends itself at a step's deadline and is started again, until the request has had its chances."""
+    faulty = Faulty(tmp_path, model={"step_seconds": 1.0}, limits={"step_seconds": 60.0})
     try:
-        with ThreadPoolExecutor(1) as threads:
-            faulty.restart_launcher(limits={"step_seconds": 0.3, "step_seconds_per_token": 0.0})
-            answer = threads.submit(faulty.ask, 0)
-            with pytest.raises(AssertionError, match="could not be finished"):
-                answer.result()
+        faulty.restart_launcher(limits={"step_seconds": 0.3, "step_seconds_per_token": 0.0})
+        with pytest.raises(AssertionError, match="could not finish this request"):
+            faulty.ask(0)
+        assert faulty.agents.output.count("exited with code 3; starting its model again") >= 3
+    finally:
+        faulty.stop()
+
+
+@pytest.mark.slow
+def test_requests_end_when_the_agents_are_given_up(tmp_path: Path) -> None:
+    """Not before: they wait through all attempts to start the agents again."""
+    model = tmp_path / "model"
+    write_model(model)
+    faulty = Faulty(tmp_path, model={**SLOW, "path": str(model)})
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(faulty.ask, number) for number in range(2)]
+            eventually(lambda: faulty.gauge("num_requests_running") == 2)
+            (model / "manifest.json").unlink()
+            faulty.agent().kill()
+            for answer in answers:
+                assert isinstance(answer.exception(), AssertionError)  # of an error event, or of status 500
         assert faulty.agents.wait() == 1
-        assert "exited with code 3; giving up" in faulty.agents.output
+        assert "restart 5 of 5" in faulty.serving.log
         assert "given up after 5 restarts in a row" in faulty.serving.log
         assert faulty.client.get("/health/ready").status_code == 503
+        assert faulty.gauge("kv_cache_usage_perc") == 0
     finally:
         faulty.stop()
