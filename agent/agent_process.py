@@ -13,8 +13,11 @@ from pathlib import Path
 import msgspec
 
 from agent.lifeline import AgentSettings, Failed, Ready
+from config.silence import Silence
 
 logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 5.0  # of a ready agent, before it is taken to be stuck: stopped, or inside native code for ever
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,6 +80,27 @@ class AgentProcess:
         code = await self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"agent {self.address} {how}"
+
+    async def life(self) -> str:
+        """Wait until a ready agent has ended, and say how; one that gives no sign of life is ended."""
+        silence = Silence(SILENCE_SECONDS)
+        ended, silent = asyncio.create_task(self.ended()), asyncio.create_task(silence.too_long())
+        listening = asyncio.create_task(self._listen(silence))
+        try:
+            await asyncio.wait({ended, silent}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return ended.result()
+            self.kill()
+            return f"{await ended} after no sign of life for {SILENCE_SECONDS:g} s"
+        finally:
+            for task in (ended, silent, listening):
+                task.cancel()
+            await asyncio.gather(ended, silent, listening, return_exceptions=True)
+
+    async def _listen(self, silence: Silence) -> None:
+        assert self._process.stdout
+        while await self._process.stdout.read(4096):
+            silence.broken()
 
     async def stop(self, grace_seconds: float) -> None:
         """Ask the process to end, make it end after ``grace_seconds``, and wait for it."""

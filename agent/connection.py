@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 import time
 
-from agent.protocol import GREETING, HEADER, Attach, Channel, Message, ProtocolError, Replaced
+from agent.protocol import GREETING, HEADER, Attach, Channel, Heartbeat, Message, ProtocolError, Replaced
 
 FAREWELL_SECONDS = 10.0  # for the step that runs when another server comes, and the last frame
 
 
 class Connection:
-    """An accepted socket with its channel. One thread reads and writes; others may ``interrupt`` or ``replace`` it.
+    """An accepted socket with its channel. One thread reads and writes, others ``beat``, ``interrupt``, ``replace``.
 
     Attributes:
         replaced_by: the process id of the server that has taken the agent from this one.
@@ -24,6 +25,7 @@ class Connection:
         self._channel = Channel(secret, "agent")
         self._deadline: float | None = None
         self._closed = threading.Event()
+        self._sending = threading.Lock()  # frames are sealed and sent in one order
         self.replaced_by: int | None = None
 
     def authenticate(self, seconds: float) -> Attach:
@@ -52,7 +54,23 @@ class Connection:
         return self._channel.unseal(header, self._read(self._channel.payload_size(header)))
 
     def send(self, message: Message) -> None:
-        self._socket.sendall(self._channel.seal(message))
+        with self._sending:
+            self._socket.sendall(self._channel.seal(message))
+
+    def beat(self) -> None:
+        """Send a sign of life, without waiting: while an answer is sent, or none is taken, there is no need for one."""
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            writable = select.poll()
+            if not self._closed.is_set():
+                writable.register(self._socket, select.POLLOUT)
+                if writable.poll(0):  # then there is room for a frame as small as this
+                    self._socket.sendall(self._channel.seal(Heartbeat()))
+        except OSError:
+            pass  # the thread that reads finds out as well, and says so
+        finally:
+            self._sending.release()
 
     def interrupt(self, *, writing: bool) -> None:
         """Wake the thread that reads: it finds the connection closed. With ``writing``, answers fail as well."""
@@ -71,8 +89,9 @@ class Connection:
         if self.replaced_by is not None:
             with contextlib.suppress(OSError):  # it has gone
                 self.send(Replaced(pid=self.replaced_by))
-        self._closed.set()
-        self._socket.close()
+        with self._sending:
+            self._closed.set()
+            self._socket.close()
 
     def _read(self, size: int, *, may_end: bool = False) -> bytes:
         """Exactly ``size`` bytes, or none at all where the stream ``may_end``."""

@@ -11,8 +11,11 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from agent.agent_process import AgentProcess, StartError
 from agent.lifeline import AgentSettings
+from config.agents_state import AgentsState, write_state
 from config.secret_file import create_secret
 from config.serving_config import ServingConfig
 
@@ -29,6 +32,7 @@ class Launcher:
     def __init__(self, config: ServingConfig) -> None:
         self._config = config
         self._agents: list[list[AgentProcess]] = [[] for _ in config.models]  # by model and rank
+        self._states = [AgentsState(phase="starting", attempts=len(RESTART_DELAYS)) for _ in config.models]
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
@@ -49,6 +53,9 @@ class Launcher:
             await _together(self._stop_model(index) for index in range(len(self._agents)))
             for path in secrets:
                 path.unlink(missing_ok=True)
+            for model, state in zip(self._config.models, self._states, strict=True):
+                if state.phase != "given up":  # which the app has to know also when we are gone
+                    self._config.state_path(model).unlink(missing_ok=True)
             logger.info("all agents stopped")
 
     def _stop(self) -> None:
@@ -62,6 +69,8 @@ class Launcher:
     async def _serve(self, secrets: list[Path]) -> int:
         for path in secrets:
             create_secret(path)
+        for index in range(len(self._agents)):
+            self._say(index)
         try:
             await _together(self._start_model(index) for index in range(len(self._agents)))
         except StartError as error:
@@ -83,6 +92,7 @@ class Launcher:
         for rank in ranks:
             self._agents[index].append(await AgentProcess.start(AgentSettings(self._config, index, rank)))
         await _together(self._announce(agent, rank) for rank, agent in enumerate(self._agents[index]))
+        self._say(index, phase="ready")
 
     async def _announce(self, agent: AgentProcess, rank: int) -> None:
         ready = await agent.ready()
@@ -99,9 +109,12 @@ class Launcher:
             deaths = 1 if seconds >= STABLE_SECONDS else deaths + 1
             if deaths > len(RESTART_DELAYS):
                 names = ", ".join(self._config.models[index].names)
+                self._say(index, phase="given up", reason=reason)
                 logger.error("%s; giving up %s after %d restarts in a row", reason, names, len(RESTART_DELAYS))
                 return await self._stop_model(index)
             delay = RESTART_DELAYS[deaths - 1]
+            restarts = self._states[index].restarts + 1
+            self._say(index, phase="restarting", attempt=deaths, reason=reason, restarts=restarts)
             logger.warning("%s; starting its model again in %g s", reason, delay)
             await self._stop_model(index)
             await asyncio.sleep(delay)
@@ -114,13 +127,19 @@ class Launcher:
     async def _life(self, index: int) -> tuple[str, float]:
         """Wait until an agent of a ready model has ended: how, and after how many seconds of service."""
         started = time.monotonic()
-        ends = [asyncio.create_task(agent.ended()) for agent in self._agents[index]]
+        ends = [asyncio.create_task(agent.life()) for agent in self._agents[index]]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result(), time.monotonic() - started
         finally:
             for end in ends:
                 end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)  # the pipes are free for the next reader
+
+    def _say(self, index: int, **changes: Any) -> None:
+        """Tell the app how a model's agents are now."""
+        self._states[index] = msgspec.structs.replace(self._states[index], **changes)
+        write_state(self._config.state_path(self._config.models[index]), self._states[index])
 
     async def _stop_model(self, index: int) -> None:
         await _together(agent.stop(GRACE_SECONDS) for agent in self._agents[index])

@@ -2,11 +2,12 @@
 
 The launcher writes one line of settings to the agent's standard input and keeps it open; when it closes, because the
 launcher stopped or was killed in any way, the agent goes too. The agent writes one line to its standard output: that it
-listens, or why it cannot.
+listens, or why it cannot. Once it listens, each further byte is a sign of life.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -71,9 +72,10 @@ def exit_with_launcher() -> None:
 
 
 class Report:
-    """The agent's side: the line that says how its start went. An error that nobody handles is a failed start.
+    """The agent's side: the line that says how its start went, and the signs of life after it.
 
-    Libraries write to standard output as well, so it is led to standard error and the report keeps the original.
+    An error that nobody handles is a failed start. Libraries write to standard output as well, so it is led to standard
+    error and the report keeps the original.
     """
 
     def __init__(self) -> None:
@@ -84,11 +86,17 @@ class Report:
     def ready(self, message: Ready) -> None:
         sys.excepthook = sys.__excepthook__
         self._write(message)
+        os.set_blocking(self._output.fileno(), False)
+
+    def beat(self) -> None:
+        """Give a sign of life, without waiting: a launcher that is stopped may let the pipe fill up."""
+        with contextlib.suppress(OSError):  # full, or the launcher is gone, and soon this process as well
+            os.write(self._output.fileno(), b"\n")
 
     def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._write(Failed(f"{kind.__name__}: {error}"[:MAX_REASON]))
         sys.__excepthook__(kind, error, trace)
 
     def _write(self, message: Ready | Failed) -> None:
-        with self._output as output:
-            output.write(msgspec.json.encode(message) + b"\n")
+        self._output.write(msgspec.json.encode(message) + b"\n")
+        self._output.flush()

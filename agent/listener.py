@@ -47,6 +47,11 @@ class Listener:
         """Wait for an authenticated server; None when the listener is closed."""
         return self._servers.get()
 
+    def beat(self) -> None:
+        """Give the server that has the agent a sign of life."""
+        if server := self._newest:
+            server.beat()
+
     def close(self) -> None:
         """Accept no more; the server that is being served gets its last answer. Signal handlers may call this."""
         with self._lock:

@@ -16,8 +16,9 @@ bytes of little-endian ``int32`` or ``float32`` numbers; ``ints`` and ``floats``
 
 The server's first frame is ``Attach``, which proves that it knows the secret and takes the agent over from an earlier
 connection; the agent forgets what that one left in its seats and answers with ``Hello``. From then on it answers every
-``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order; the next plan may be sent before that. ``Replaced`` is
-the last frame to a server whose agent another one has taken.
+``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order; the next plan may be sent before that. A ``Heartbeat``
+comes twice a second, even before ``Hello``. ``Replaced`` is the last frame to a server whose agent another one has
+taken.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ class StepError(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
     message: str
 
 
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """The agent's process lives; nothing is said of the step that it may be working on."""
+
+
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     """The server takes the agent."""
 
@@ -158,7 +163,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     pid: int
 
 
-Message = Attach | Hello | Replaced | StepPlan | StepOutput | StepError
+Message = Attach | Heartbeat | Hello | Replaced | StepPlan | StepOutput | StepError
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

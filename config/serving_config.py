@@ -63,6 +63,12 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_top_n_tokens: Positive = 20
     max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
     max_grammar_seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.5  # of one core, to compile it
+    step_seconds: Seconds = 30.0  # of a step, and for each of its tokens …
+    step_seconds_per_token: Seconds = 0.5  # … before its agent is taken to hang; far more than any honest step
+
+    def step_deadline(self, num_tokens: int) -> float:
+        """Seconds after which a step of so many tokens is overdue: its agent hangs and is started anew."""
+        return self.step_seconds + self.step_seconds_per_token * num_tokens
 
 
 class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,6 +121,10 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def secret_path(self, model: ModelConfig) -> Path:
         """The file with the secret that this model's agents and the app share."""
         return Path(model.secret_file or Path(self.logging.folder) / f"agents-{model.agent_ports[0]}.secret")
+
+    def state_path(self, model: ModelConfig) -> Path:
+        """The file in which the launcher of this model's agents says how they are."""
+        return Path(self.logging.folder) / f"agents-{model.agent_ports[0]}.state"
 
 
 def parse_size(text: str) -> int:

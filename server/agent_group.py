@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from agent.protocol import (
     HEADER,
     Attach,
     Channel,
+    Heartbeat,
     Hello,
     Message,
     ProtocolError,
@@ -22,13 +24,19 @@ from agent.protocol import (
     StepError,
     StepOutput,
     StepPlan,
+    ints,
 )
+from config.agents_state import read_state
 from config.manifest import Manifest
 from config.secret_file import SecretError, read_secret
-from config.serving_config import ModelConfig
+from config.serving_config import LimitsConfig, ModelConfig
+from config.silence import Silence
 
-RETRY_SECONDS = 0.2  # between two attempts to reach agents that are not there: nothing tells when they are
+RETRY_SECONDS = 0.1  # between two attempts to reach agents that are not there: nothing tells when they are
 ATTACH_SECONDS = 10.0  # an agent that accepts a connection and says nothing is not there either
+SILENCE_SECONDS = 2.0  # without a heartbeat, and the agent or the network is gone
+PATIENCE_SECONDS = 5.0  # beyond a step's deadline, at which the agent ends itself; this is for when it cannot
+MAX_UNREAD = 16  # messages; we never wait for as many
 
 _log = logging.getLogger(__name__)
 
@@ -52,16 +60,34 @@ class StepFailed(Exception):
 class AgentGroup:
     """All ranks of one model, one connection each: a plan goes to all of them, rank 0 answers for all."""
 
-    def __init__(self, model: ModelConfig, manifest: Manifest, secret_path: Path) -> None:
+    def __init__(
+        self, model: ModelConfig, manifest: Manifest, limits: LimitsConfig, secret_path: Path, state_path: Path
+    ) -> None:
+        """``secret_path`` and ``state_path`` are the files of the agents' launcher, see ``ServingConfig``."""
         self._model = model
         self._manifest = manifest
+        self._limits = limits
         self._secret_path = secret_path
+        self._state_path = state_path
         self._agents: dict[int, _Agent] = {}  # by port
         self._ready = False
+        self._met = False  # whether there has been a connection
 
     @property
     def connected(self) -> bool:
+        """Whether there are connections, be it that one is lost and ``receive`` has yet to say so."""
         return self._ready
+
+    @property
+    def alive(self) -> bool:
+        """Whether every agent is connected and gives signs of life."""
+        return self._ready and not any(agent.lost for agent in self._agents.values())
+
+    @property
+    def restarts(self) -> int:
+        """How often their launcher has started the agents again; 0 also where that is not known."""
+        state = read_state(self._state_path)
+        return state.restarts if state else 0
 
     async def connect(self) -> Hello:
         """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.
@@ -69,7 +95,8 @@ class AgentGroup:
         Returns rank 0's greeting, with the fewest blocks that any rank has.
 
         Raises:
-            AgentsRefused: they are not the agents of this model, or cannot do what the server needs.
+            AgentsRefused: they are not the agents of this model, or cannot do what the server needs, or their launcher
+                has given them up since we lost them.
         """
         reason = ""
         while True:
@@ -79,12 +106,16 @@ class AgentGroup:
             failure = next((result for result in results if result is not None), None)
             if failure is None:
                 hello = self._agree([self._agents[port].hello for port in ports])
-                self._ready = True
+                self._ready = self._met = True
                 return hello
             if not isinstance(failure, OSError):
                 raise failure
-            if str(failure) != reason:
-                reason = str(failure)
+            state = read_state(self._state_path)
+            if state and state.phase == "given up" and self._met:
+                raise AgentsRefused(f"the agents of {self._manifest.name} are {state}; start them again")
+            news = f"{failure} ({state})" if state else str(failure)
+            if news != reason:
+                reason = news
                 _log.info("waiting for the agents of %s: %s", self._manifest.name, reason)
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -98,13 +129,20 @@ class AgentGroup:
 
         Raises:
             StepFailed: a rank could not run the plan.
-            AgentsLost: a connection broke, or (``AgentsTaken``) another server has an agent. All are closed then.
+            AgentsLost: a connection broke, an agent is silent or its step overdue, or (``AgentsTaken``) another server
+                has an agent. All are closed then.
         """
         if not self._ready:
             raise AgentsLost("there is no connection to the agents")
         ranks = [self._agents[port] for port in self._model.agent_ports]
         try:
-            answers = await asyncio.gather(*(agent.answer() for agent in ranks))
+            answers = await asyncio.wait_for(
+                asyncio.gather(*(agent.answer() for agent in ranks)),
+                self._limits.step_deadline(len(ints(plan.token_ids))) + PATIENCE_SECONDS,
+            )
+        except asyncio.TimeoutError:
+            await self.close()
+            raise AgentsLost(f"step {plan.step_id} of {self._manifest.name} is overdue") from None
         except AgentsLost:
             await self.close()
             raise
@@ -166,7 +204,11 @@ class AgentGroup:
 
 
 class _Agent:
-    """The connection to one rank."""
+    """The connection to one rank. A task of its own reads it, so that a loss is noticed whatever else waits.
+
+    Attributes:
+        lost: why there will be no more messages.
+    """
 
     def __init__(self, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.address = address
@@ -174,6 +216,10 @@ class _Agent:
         self._reader = reader
         self._writer = writer
         self._channel: Channel
+        self.lost: AgentsLost | None = None
+        self._messages: asyncio.Queue[Message | AgentsLost] = asyncio.Queue(MAX_UNREAD)
+        self._silence = Silence(SILENCE_SECONDS)
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def attach(cls, host: str, port: int, secret: bytes) -> _Agent:
@@ -184,10 +230,12 @@ class _Agent:
             agent._writer.write(agent._channel.greeting)
             agent._channel.agree(await agent._reader.readexactly(GREETING.size))
             agent.send(Attach(pid=os.getpid()))
-            hello = await agent.receive()
+            while isinstance(hello := await agent._receive(), Heartbeat):
+                pass  # it lives, and works on the last step of the server before
             if not isinstance(hello, Hello):
                 raise ProtocolError(f"it greets with a {type(hello).__name__}")
             agent.hello = hello
+            agent._tasks = [asyncio.create_task(agent._listen()), asyncio.create_task(agent._watch())]
         except BaseException:
             agent._writer.close()
             raise
@@ -196,29 +244,56 @@ class _Agent:
     def send(self, message: Message) -> None:
         self._writer.write(self._channel.seal(message))
 
-    async def receive(self) -> Message:
-        header = await self._reader.readexactly(HEADER.size)
-        payload = await self._reader.readexactly(self._channel.payload_size(header))
-        return self._channel.unseal(header, payload)
-
     async def answer(self) -> Message:
         """The answer to a plan.
 
         Raises:
-            AgentsLost: the connection broke; the message names the agent.
+            AgentsLost: the connection broke or is silent; the message names the agent.
             AgentsTaken: it serves another server now.
         """
-        try:
-            message = await self.receive()
-        except asyncio.IncompleteReadError:
-            raise AgentsLost(f"the agent at {self.address} closed the connection") from None
-        except OSError as error:
-            raise AgentsLost(f"the agent at {self.address}: {error.strerror or error}") from None
-        if isinstance(message, Replaced):
-            raise AgentsTaken(f"at the agent at {self.address} replaced by the server with pid {message.pid}")
+        message = await self._messages.get()
+        if isinstance(message, AgentsLost):
+            raise message
         return message
 
+    async def _listen(self) -> None:
+        """Read messages until the connection is lost."""
+        try:
+            while not isinstance(message := await self._receive(), Replaced):
+                if not isinstance(message, Heartbeat):
+                    await self._messages.put(message)
+            self.lost = AgentsTaken(f"at the agent at {self.address} replaced by the server with pid {message.pid}")
+        except asyncio.IncompleteReadError:
+            self.lost = AgentsLost(f"the agent at {self.address} closed the connection")
+        except OSError as error:
+            self.lost = AgentsLost(f"the agent at {self.address}: {error.strerror or error}")
+        await self._messages.put(self.lost)
+
+    async def _watch(self) -> None:
+        """End the connection when nothing comes."""
+        await self._silence.too_long()
+        self._reader.set_exception(OSError(f"no sign of life for {SILENCE_SECONDS:g} s"))
+
+    async def _receive(self) -> Message:
+        header = await self._read(HEADER.size)
+        return self._channel.unseal(header, await self._read(self._channel.payload_size(header)))
+
+    async def _read(self, size: int) -> bytes:
+        """Exactly ``size`` bytes; each part of them is a sign of life."""
+        data = bytearray()
+        while len(data) < size:
+            part = await self._reader.read(size - len(data))
+            if not part:
+                raise asyncio.IncompleteReadError(bytes(data), size)
+            self._silence.broken()
+            data += part
+        return bytes(data)
+
     async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.QueueFull):  # then there is something to wake who waits for an answer
+            self._messages.put_nowait(AgentsLost(f"the connection to the agent at {self.address} is closed"))
         self._writer.transport.abort()  # what is unsent is of no use, and a stuck agent would never take it
         try:
             await self._writer.wait_closed()

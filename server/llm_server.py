@@ -54,7 +54,9 @@ class LLMServer:
         self.tokenizer = Tokenizer(model.path, self.manifest.tokenizer)
         self._limits = config.limits
         self._grammars = GrammarCompiler(GrammarEngine(model.path, self.manifest), config.limits)
-        self._agents = AgentGroup(model, self.manifest, config.secret_path(model))
+        self._agents = AgentGroup(
+            model, self.manifest, config.limits, config.secret_path(model), config.state_path(model)
+        )
         self._metrics = ModelMetrics(metrics or Metrics(), model.names[0])
         self._hello: Hello | None = None
         self._loop: StepLoop | None = None
@@ -268,6 +270,7 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
+        self._metrics.restarts.set_function(lambda: self._agents.restarts)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:

@@ -21,6 +21,7 @@ _GAUGES = {
     "num_requests_waiting": "Requests in the queue.",
     "kv_cache_usage_perc": "Share of the KV cache's blocks in use, 0 to 1.",
     "agents_ready": "1 if every agent has answered lately.",
+    "agent_restarts": "Restarts of the agents since their launcher started.",
 }
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens of accepted requests.",
@@ -73,6 +74,7 @@ class ModelMetrics:
         self.waiting = gauges["num_requests_waiting"]
         self.cache_usage = gauges["kv_cache_usage_perc"]
         self.ready = gauges["agents_ready"]
+        self.restarts = gauges["agent_restarts"]
         counters = {name: counter.labels(model_name) for name, counter in metrics.counters.items()}
         self.prompt_tokens = counters["prompt_tokens"]
         self.generation_tokens = counters["generation_tokens"]

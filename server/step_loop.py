@@ -72,7 +72,7 @@ class StepLoop:
     def ready(self) -> bool:
         """Whether every agent is connected and has answered lately."""
         lately = time.monotonic() - self._last_answer < READY_SECONDS
-        return self._agents.connected and lately and not self.given_up
+        return self._agents.alive and lately and not self.given_up
 
     @property
     def given_up(self) -> bool:

@@ -6,7 +6,19 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
-from agent.protocol import GREETING, HEADER, Attach, Channel, Hello, Message, StepError, StepOutput, StepPlan, ints
+from agent.protocol import (
+    GREETING,
+    HEADER,
+    Attach,
+    Channel,
+    Heartbeat,
+    Hello,
+    Message,
+    StepError,
+    StepOutput,
+    StepPlan,
+    ints,
+)
 
 SECONDS = 30.0  # far more than any answer takes
 
@@ -51,6 +63,12 @@ class AgentClient:
         self.socket.sendall(self.channel.seal(message))
 
     def receive(self) -> Message:
+        """The next message that is not a sign of life."""
+        while isinstance(message := self._receive(), Heartbeat):
+            pass
+        return message
+
+    def _receive(self) -> Message:
         header = self.read(HEADER.size)
         return self.channel.unseal(header, self.read(self.channel.payload_size(header)))
 
@@ -67,7 +85,9 @@ class AgentClient:
     def is_closed(self) -> bool:
         """Whether the agent closes the connection now (waits for it)."""
         try:
-            return self.socket.recv(1) == b""
+            while self.socket.recv(4096):
+                pass  # signs of life
+            return True
         except ConnectionResetError:
             return True
 

@@ -14,7 +14,7 @@ from serving_processes import Serving, free_ports, standin_deployment
 
 from agent.protocol import StepPlan, pack_ints
 from config.manifest import Manifest, read_manifest
-from config.serving_config import ModelConfig, ServingConfig, load
+from config.serving_config import LimitsConfig, ModelConfig, ServingConfig, load
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed
 from server.step_plan import make_probe
 
@@ -37,7 +37,8 @@ def two_ranks(folder: Path) -> Serving:
 
 def group(config: ServingConfig, model: ModelConfig | None = None, manifest: Manifest | None = None) -> AgentGroup:
     model = model or config.models[0]
-    return AgentGroup(model, manifest or read_manifest(model.path), config.secret_path(config.models[0]))
+    secret_path, state_path = config.secret_path(config.models[0]), config.state_path(config.models[0])
+    return AgentGroup(model, manifest or read_manifest(model.path), config.limits, secret_path, state_path)
 
 
 def test_all_ranks_answer_a_plan(deployment: Serving) -> None:
@@ -148,7 +149,7 @@ def test_with_a_wrong_secret_nothing_is_said(
         secret = tmp_path / "secret"
         secret.write_bytes(b"not the secret of these agents..")
         secret.chmod(0o600)
-        agents = AgentGroup(model, read_manifest(model.path), secret)
+        agents = AgentGroup(model, read_manifest(model.path), LimitsConfig(), secret, tmp_path / "none.state")
         connecting = asyncio.create_task(agents.connect())
         await logged(caplog, "has it the same secret file")
         connecting.cancel()

@@ -19,6 +19,7 @@ from agent.protocol import (
     MAX_PAYLOAD,
     Attach,
     Channel,
+    Heartbeat,
     Message,
     ProtocolError,
     SamplingParams,
@@ -36,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 SECRET = b"s" * 32
 MESSAGES: list[Message] = [
     Attach(pid=7),
+    Heartbeat(),
     StepError(step_id=1, message="no: \n 中"),
     StepOutput(step_id=2, token_ids=pack_ints([1, -1]), logprobs=pack_floats([0.5, float("nan")])),
 ]

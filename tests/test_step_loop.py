@@ -17,6 +17,7 @@ from agent.protocol import (
     HEADER,
     Attach,
     Channel,
+    Heartbeat,
     Hello,
     Message,
     Replaced,
@@ -28,6 +29,7 @@ from agent.protocol import (
 )
 from config.manifest import read_manifest
 from config.serving_config import load
+from config.silence import BEAT_SECONDS
 from server.errors import GenerationFailed, NotServing
 from server.llm_server import LLMServer
 from server.request import GenerationParams
@@ -79,11 +81,18 @@ class ScriptedAgent:
             header = await reader.readexactly(HEADER.size)
             return channel.unseal(header, await reader.readexactly(channel.payload_size(header)))
 
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(BEAT_SECONDS)
+                writer.write(channel.seal(Heartbeat()))
+
+        beating: asyncio.Task[None] | None = None
         try:
             writer.write(channel.greeting)
             channel.agree(await reader.readexactly(GREETING.size))
             assert isinstance(await receive(), Attach)
             writer.write(channel.seal(hello))
+            beating = asyncio.create_task(beat())
             while True:
                 plan = await receive()
                 assert isinstance(plan, StepPlan)
@@ -94,6 +103,8 @@ class ScriptedAgent:
         except (asyncio.IncompleteReadError, ConnectionError):
             return  # the server has gone
         finally:
+            if beating:
+                beating.cancel()
             writer.close()
 
 
