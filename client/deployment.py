@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Sequence
 
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
@@ -96,7 +97,13 @@ class Deployment:
         self.models = tuple(ServedModel(model, config, self.metrics) for model in config.models)
         self._by_name = {name: model for model in self.models for name in model.config.names}
         self.draining = False
+        self._created = time.monotonic()
         self._starting: asyncio.Future[list[None]] | None = None
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the app was started."""
+        return time.monotonic() - self._created
 
     def model(self, name: str) -> ServedModel:
         """The model that answers to ``name``.

@@ -27,7 +27,7 @@ from sse_starlette.sse import AppStatus
 
 from client.deployment import Deployment
 from client.http_edge import MAX_HEADER_BYTES, HttpEdge, JsonH11Protocol
-from client.routes import errors, models, operations
+from client.routes import errors, models, operations, page
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
 from config.manifest import ManifestError, read_manifest
@@ -76,6 +76,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     errors.install(app)
     app.include_router(models.router)
     app.include_router(operations.router)
+    app.include_router(page.page_router(page.read_files()))
     return app
 
 

@@ -63,6 +63,11 @@ class AgentGroup:
     def connected(self) -> bool:
         return self._ready
 
+    @property
+    def connections(self) -> dict[str, bool]:
+        """The address of every agent, in the order of ranks, and whether it is connected."""
+        return {f"{self._model.agent_host}:{port}": port in self._agents for port in self._model.agent_ports}
+
     async def connect(self) -> Hello:
         """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.
 

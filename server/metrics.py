@@ -59,9 +59,19 @@ class Metrics:
             PREFIX + "request_success", "Requests that ended, by how.", [*label, "finished_reason"], registry=registry
         )
 
+    def values(self, model_name: str) -> dict[str, float]:
+        """What the gauges and counters of one model stand at, by their names without prefix and suffix."""
+        series = {**self.gauges, **self.counters}
+        return {name: _value(one.labels(model_name)) for name, one in series.items()}
+
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _value(series: Gauge | Counter) -> float:
+    [metric] = series.collect()
+    return metric.samples[0].value  # a counter's second sample is when it was made
 
 
 class ModelMetrics:
