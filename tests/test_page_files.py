@@ -107,7 +107,8 @@ def test_the_document_has_no_script_and_no_style_of_its_own() -> None:
 def test_no_script_makes_elements_or_code_of_text(script: str) -> None:
     source = (WEB / script).read_text("utf-8")
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|srcdoc|\beval\(|new Function|import\(", source
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|srcdoc|\beval\(|new Function|import\(",
+        source,
     )
 
 

@@ -4,7 +4,7 @@ import { Chat } from "./chat.js";
 import { announce, byId, element, iconButton, setIcon, setLabel } from "./dom.js";
 import { Figures } from "./figures.js";
 import * as history from "./history.js";
-import { apiKey, askForKey, forgetKey } from "./key.js";
+import { KeyDialog, apiKey, forgetKey } from "./key.js";
 import { Monitor } from "./monitor.js";
 import { Panels } from "./panels.js";
 import { models } from "./server.js";
@@ -21,7 +21,8 @@ class App {
     for (const button of document.querySelectorAll("[data-icon]")) setIcon(button, button.dataset.icon);
     this.panels = new Panels();
     this.figures = new Figures();
-    this.chat = new Chat({ changed: (conversation) => this.store(conversation), needsKey: () => this.enterKey() });
+    this.keyDialog = new KeyDialog(() => this.tryKey());
+    this.chat = new Chat({ changed: (conversation) => this.store(conversation), needsKey: () => this.keyDialog.ask() });
     this.settings = new Settings(() => this.conversation.messages.length && this.store(this.conversation));
     this.monitor = new Monitor(() => this.showState(), () => this.panels.isOpen("status"));
     this.conversations = history.conversations();
@@ -43,7 +44,7 @@ class App {
     on("export", () => download(history.exported(this.conversation)));
     on("theme", () => this.nextTheme());
     on("language", () => this.changeLanguage());
-    on("enter-key", () => this.enterKey());
+    on("enter-key", () => this.keyDialog.ask());
     on("forget-key", () => this.dropKey());
     byId("model").addEventListener("change", (event) => {
       this.conversation.model = event.target.value;
@@ -58,7 +59,7 @@ class App {
 
   /** Escape ends what is open or running; a slash goes to the message box, if nothing is being written. */
   press(event) {
-    if (byId("key-dialog").open) return;
+    if (this.keyDialog.open) return;
     if (event.key === "Escape") {
       if (!this.panels.closeOverlay()) this.chat.stop();
     } else if (event.key === "/" && !event.target.closest("input, textarea, select")) {
@@ -166,6 +167,7 @@ class App {
     const before = this.state;
     this.state = state;
     this.figures.show(this.monitor);
+    byId("forget-key").hidden = !apiKey();
     if (!changed) return;
     byId("state").dataset.state = state;
     byId("state").title = text(`server.${state}`);
@@ -174,8 +176,7 @@ class App {
     byId("banner").hidden = !told;
     if (told) byId("banner").querySelector(".banner-text").textContent = text(`banner.${state}`);
     byId("enter-key").hidden = state !== "locked";
-    byId("forget-key").hidden = !apiKey();
-    if (state === "locked") this.enterKey();
+    if (state === "locked") this.keyDialog.ask();
     if (state === "ready" && before !== "ready") this.loadModels();
     if (state === "ready" && before === "away") announce(text("banner.back"));
   }
@@ -198,14 +199,15 @@ class App {
     select.disabled = !this.models.length;
   }
 
-  async enterKey() {
-    if (await askForKey()) this.monitor.askNow();
+  /** There is a new key: see what the server says to it, as if nothing had been asked before. */
+  tryKey() {
+    this.state = "connecting";
+    this.monitor.askNow();
   }
 
   dropKey() {
     forgetKey();
-    this.monitor.askNow();
-    byId("forget-key").hidden = true;
+    this.tryKey();
   }
 
   // ---- How it looks

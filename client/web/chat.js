@@ -47,7 +47,7 @@ export class Chat {
       const button = event.target.closest("[data-copy]");
       if (button) copy(button.closest("figure").querySelector("code").textContent, button);
     });
-    window.addEventListener("pagehide", () => [...this.answers.keys()].forEach(this.changed));
+    window.addEventListener("pagehide", () => this.interrupt());
   }
 
   /** Show a conversation from its beginning to its end. */
@@ -83,6 +83,15 @@ export class Chat {
   leave(conversation) {
     this.answers.get(conversation)?.abort();
     this.answers.delete(conversation);
+  }
+
+  /** The page goes, and its answers with it: keep what has come. */
+  interrupt() {
+    for (const conversation of [...this.answers.keys()]) {
+      Object.assign(conversation.messages.at(-1), { state: "failed", error: { kind: "interrupted", message: "" } });
+      this.leave(conversation);
+      this.changed(conversation);
+    }
   }
 
   say(content) {

@@ -1,6 +1,9 @@
 // Elements made of names, attributes and text. Text only ever becomes text: nothing here parses HTML.
 
-/** An element. Attributes that are null or false are left out; functions are event listeners (`onclick`). */
+/**
+ * An element. Attributes that are null or false are left out; functions are event listeners (`onclick`).
+ * Children are nodes, texts, nothing, or lists of them: a long answer has more than a call can have arguments.
+ */
 export function element(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
@@ -17,7 +20,7 @@ function fill(node, attributes, children) {
     if (typeof value === "function") node.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
 

@@ -5,6 +5,8 @@ import { byId, element } from "./dom.js";
 import { WINDOW_SECONDS } from "./monitor.js";
 import { number, text } from "./strings.js";
 
+const LEAST_SECONDS = 60; // that a chart spans: at first there is little to show, later WINDOW_SECONDS
+
 export class Figures {
   constructor() {
     this.place = byId("figures");
@@ -62,9 +64,8 @@ class ModelFigures {
 
   show(model, samples) {
     const now = performance.now() / 1000;
-    for (const [chart, value] of this.charts) {
-      chart.draw(samples.map((sample) => [sample.time, value(sample)]), now, WINDOW_SECONDS);
-    }
+    const span = Math.min(Math.max(now - samples[0].time, LEAST_SECONDS), WINDOW_SECONDS);
+    for (const [chart, value] of this.charts) chart.draw(samples.map((sample) => [sample.time, value(sample)]), now, span);
     this.facts.replaceChildren(
       ...fact("status.context", number(model.context_length)),
       ...fact("status.preemptions", number(model.preemptions)),

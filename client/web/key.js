@@ -11,23 +11,35 @@ export function forgetKey() {
   localStorage.removeItem(KEY);
 }
 
-/** Ask for the key; true once one was given, false if the dialog was closed. */
-export function askForKey() {
-  const dialog = byId("key-dialog");
-  if (dialog.open) return Promise.resolve(false);
-  const [key, remember] = [byId("key"), byId("key-remember")];
-  key.value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => {
-      const given = dialog.returnValue === "use" && key.value.trim();
-      if (given) {
-        forgetKey();
-        (remember.checked ? localStorage : sessionStorage).setItem(KEY, key.value.trim());
-      }
-      key.value = "";
-      resolve(Boolean(given));
-    }, { once: true });
-  });
+/** The dialog that asks for it. `given()` is called when there is a new key. */
+export class KeyDialog {
+  constructor(given) {
+    this.dialog = byId("key-dialog");
+    this.dialog.addEventListener("close", () => {
+      if (this.dialog.returnValue === "use" && this.keep()) given();
+    });
+    byId("key-cancel").addEventListener("click", () => this.dialog.close(""));
+  }
+
+  get open() {
+    return this.dialog.open;
+  }
+
+  /** Ask, unless it is asking already. If there is a key, it is the wrong one. */
+  ask() {
+    if (this.open) return;
+    byId("key").value = "";
+    byId("key-wrong").hidden = !apiKey();
+    this.dialog.returnValue = "";
+    this.dialog.showModal();
+  }
+
+  keep() {
+    const key = byId("key").value.trim();
+    byId("key").value = "";
+    if (!key) return false;
+    forgetKey();
+    (byId("key-remember").checked ? localStorage : sessionStorage).setItem(KEY, key);
+    return true;
+  }
 }

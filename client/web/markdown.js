@@ -204,17 +204,17 @@ function render(block) {
     case "code":
       return renderCode(block);
     case "heading": // under the page's own headings
-      return element("div", { role: "heading", "aria-level": block.level + 2, class: `h${block.level}` }, ...inline(block.content));
+      return element("div", { role: "heading", "aria-level": block.level + 2, class: `h${block.level}` }, inline(block.content));
     case "rule":
       return element("hr");
     case "quote":
-      return element("blockquote", {}, ...block.blocks.map(render));
+      return element("blockquote", {}, block.blocks.map(render));
     case "list":
       return renderList(block);
     case "table":
       return renderTable(block);
     default:
-      return element("p", {}, ...inline(block.content));
+      return element("p", {}, inline(block.content));
   }
 }
 
@@ -231,20 +231,20 @@ function renderCode({ language, code }) {
 function renderList({ start, items }) {
   const contents = items.map((blocks) => {
     const [first, ...rest] = blocks;
-    const children = first?.kind === "paragraph" ? [...inline(first.content), ...rest.map(render)] : blocks.map(render);
-    return element("li", {}, ...children);
+    const children = first?.kind === "paragraph" ? inline(first.content).concat(rest.map(render)) : blocks.map(render);
+    return element("li", {}, children);
   });
-  return start === null ? element("ul", {}, ...contents) : element("ol", { start: start === 1 ? null : start }, ...contents);
+  return start === null ? element("ul", {}, contents) : element("ol", { start: start === 1 ? null : start }, contents);
 }
 
 function renderTable({ head, align, rows }) {
   const row = (tag, contents) =>
-    element("tr", {}, ...contents.map((cell, i) => element(tag, { class: align[i] && `align-${align[i]}` }, ...inline(cell))));
+    element("tr", {}, contents.map((cell, i) => element(tag, { class: align[i] && `align-${align[i]}` }, inline(cell))));
   const table = element(
     "table",
     {},
     element("thead", {}, row("th", head)),
-    element("tbody", {}, ...rows.map((cells) => row("td", cells))),
+    element("tbody", {}, rows.map((cells) => row("td", cells))),
   );
   return element("div", { class: "table", tabindex: "0" }, table);
 }
@@ -352,7 +352,7 @@ class Inline {
       return this.text(mark, mark.length);
     }
     const content = inline(this.source.slice(start, end), this.depth + 1, this.linked);
-    return this.push(element(EMPHASIS[mark], {}, ...content), end + mark.length - this.at);
+    return this.push(element(EMPHASIS[mark], {}, content), end + mark.length - this.at);
   }
 
   opens(mark, start) {
@@ -462,5 +462,5 @@ function webAddress(written) {
 }
 
 function anchor(url, label) {
-  return element("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, ...label);
+  return element("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, label);
 }

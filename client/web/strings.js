@@ -111,7 +111,7 @@ const STRINGS = {
   "settings.temperature": ["Temperature", "温度"],
   "settings.top_p": ["Top p", "Top p"],
   "settings.top_k": ["Top k", "Top k"],
-  "settings.max_tokens": ["Most tokens", "最多词元"],
+  "settings.max_tokens": ["Max tokens", "最大词元数"],
   "settings.seed": ["Seed", "随机种子"],
   "settings.stop": ["Stop at", "停止文本"],
   "settings.stop.hint": ["One text a line; the answer ends before it", "每行一个，回答在其之前结束"],
