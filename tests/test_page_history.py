@@ -124,5 +124,36 @@ def test_an_answer_and_its_code_can_be_copied(shown: Ui) -> None:
     expect(shown.page.locator("#announcer")).to_have_text("Copied")
     assert shown.page.evaluate("navigator.clipboard.readText()") == source
     shown.button("Copy code").click()
-    expect(shown.button("Copied")).to_have_count(2)
+    expect(shown.button("Copied").last).to_be_visible()
     assert shown.page.evaluate("navigator.clipboard.readText()") == "make\n\tserve"
+    expect(shown.button("Copied")).to_have_count(0)
+
+
+def test_two_tabs_do_not_undo_each_others_work(shown: Ui, standin: Serving) -> None:
+    shown.set(max_tokens=3)
+    shown.send("one")
+    shown.answer()
+    other = shown.page.context.new_page()
+    other.goto(f"{standin.url}/ui")
+    other.wait_for_selector("#model:enabled")
+    other.locator("#prompt").fill("two")
+    other.keyboard.press("Enter")
+    other.wait_for_selector(".message.assistant[data-state=done]")
+    expect(shown.page.locator("#conversations .open")).to_have_text(["two", "one"])
+    expect(shown.page.locator(".message.user .body")).to_have_text("one")
+    other.get_by_role("button", name="Delete all").click()
+    expect(shown.page.locator("#conversations li")).to_have_count(0)
+
+
+def test_a_full_storage_is_said_and_nothing_breaks(shown: Ui) -> None:
+    shown.page.evaluate("""() => {
+        for (let size = 1 << 22; size > 0; size >>= 1) {
+            try {
+                for (let i = 0; ; i += 1) localStorage.setItem(`filler ${size} ${i}`, 'x'.repeat(size));
+            } catch { /* no room for one of this size */ }
+        }
+    }""")
+    shown.set(max_tokens=3)
+    shown.send("hi")
+    shown.answer()
+    expect(shown.page.locator("#notice")).to_contain_text("storage is full")

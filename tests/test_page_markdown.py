@@ -100,7 +100,8 @@ def test_any_text_in_any_pieces_becomes_what_it_becomes_whole(page: Page) -> Non
         assert page.evaluate(SHOW, pieces) == page.evaluate(SHOW, [source]), source
 
 
-UNITS = "* · **a · *a  · _a · ` · `` `  · [ · [a]( · ![ · >  · > · -  · | · | a\n · ~ · ```\n · #  · \\ · & · https://[ · h · "
+UNITS = "* · **a · *a  · _a · ` · `` `  · [ · [a]( · ![ · >  · > · -  · | · | a\n · ~ · ```\n · #  · "
+UNITS += "\\ · & · https://[ · h · "
 UNITS += '  · \n · < · *` · 1. \n · a*b** · [a](x " · # · - · \t- a\n'
 
 

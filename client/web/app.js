@@ -9,6 +9,7 @@ import { Monitor } from "./monitor.js";
 import { Panels } from "./panels.js";
 import { models } from "./server.js";
 import { Settings } from "./settings.js";
+import { device, tab } from "./storage.js";
 import { language, localise, switchLanguage, text } from "./strings.js";
 
 const CURRENT = "mindspore-ui/current"; // in this tab: the conversation on view
@@ -30,7 +31,7 @@ class App {
     this.listen();
     this.showTheme();
     localise();
-    const last = this.conversations.find(({ id }) => id === sessionStorage.getItem(CURRENT));
+    const last = this.conversations.find(({ id }) => id === tab.get(CURRENT));
     this.show(last ?? history.newConversation(this.conversations[0]));
     this.showState();
     if (matchMedia("(pointer: fine)").matches) byId("prompt").focus();
@@ -72,7 +73,7 @@ class App {
 
   show(conversation) {
     this.conversation = conversation;
-    sessionStorage.setItem(CURRENT, conversation.id);
+    tab.set(CURRENT, conversation.id);
     this.settings.show(conversation);
     this.chat.show(conversation);
     this.showModels();
@@ -87,7 +88,9 @@ class App {
 
   store(conversation) {
     conversation.updated = Date.now();
-    if (!history.save(conversation)) this.notice(text("chats.full"));
+    const saved = history.save(conversation);
+    if (!saved && !this.full) this.notice(text("chats.full"));
+    this.full = !saved; // said once, not at every piece of an answer
     this.conversations = [conversation, ...this.conversations.filter((other) => other.id !== conversation.id)];
     this.showList();
   }
@@ -122,10 +125,13 @@ class App {
     if (back) this.show(back);
   }
 
-  /** Take over what another tab has stored, but for conversations that are being answered here. */
+  /** Take over what another tab has changed, but for conversations that are being answered here. */
   reload() {
-    const ours = new Map(this.conversations.filter((one) => this.chat.answers.has(one)).map((one) => [one.id, one]));
-    this.conversations = history.conversations().map((stored) => ours.get(stored.id) ?? stored);
+    const ours = new Map(this.conversations.map((one) => [one.id, one]));
+    this.conversations = history.conversations().map((stored) => {
+      const own = ours.get(stored.id);
+      return own && (own.updated === stored.updated || this.chat.answers.has(own)) ? own : stored;
+    });
     const shown = this.conversations.find(({ id }) => id === this.conversation.id);
     if (shown && shown !== this.conversation) this.show(shown);
     else this.showList();
@@ -185,7 +191,8 @@ class App {
     try {
       this.models = await models();
     } catch {
-      this.models = []; // the monitor says what is wrong
+      this.models = [];
+      this.state = "connecting"; // again after the monitor's next report, which says what is wrong
     }
     this.showModels();
   }
@@ -197,6 +204,7 @@ class App {
     select.replaceChildren(...(options.length ? options : [element("option", { value: "" }, text("model.none"))]));
     select.value = this.models.length ? this.conversation.model : "";
     select.disabled = !this.models.length;
+    byId("send").disabled = !this.models.length;
   }
 
   /** There is a new key: see what the server says to it, as if nothing had been asked before. */
@@ -226,7 +234,7 @@ class App {
     const theme = THEMES[(THEMES.indexOf(this.theme) + 1) % THEMES.length];
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
-    localStorage.setItem(THEME, theme);
+    device.set(THEME, theme);
     this.showTheme();
   }
 

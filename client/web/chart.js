@@ -11,7 +11,7 @@ export class Chart {
   /** `unit` makes the text after the number; `least` is the lowest top of the scale, `digits` those after the point. */
   constructor(title, unit, { least = 1, digits = 0 } = {}) {
     Object.assign(this, { title, unit, least, digits });
-    this.value = element("output", { class: "value" }, "–");
+    this.value = element("span", { class: "value" }, "–");
     this.unitText = element("span", { class: "unit" }, unit);
     this.top = element("span", { class: "top" });
     this.area = svg("path", { class: "area" });

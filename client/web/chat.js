@@ -8,6 +8,7 @@ import { text } from "./strings.js";
 const STICK_PIXELS = 60; // this near to the end, the view follows the text
 const SAVE_MILLISECONDS = 2000; // while an answer comes
 const ANNOUNCED_CHARACTERS = 2000;
+const COPIED_MILLISECONDS = 2000;
 
 export class Chat {
   /** `changed(conversation)` is called after every change that is worth keeping, `needsKey()` when a key is asked for. */
@@ -262,25 +263,31 @@ function count(stats, tokens) {
   if (stats.seconds > 0) stats.rate = (tokens - 1) / stats.seconds;
 }
 
-/** The body of the request for the next answer; answers that brought no text are left out. */
+/**
+ * The body of the request for the next answer. Answers that brought no text are left out, and the questions around them
+ * become one: many chat templates want question and answer in turn.
+ */
 function requestOf({ model, system, sampling, messages }) {
-  const spoken = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
-  return { model, ...sampling, messages: system.trim() ? [{ role: "system", content: system }, ...spoken] : spoken };
+  const spoken = system.trim() ? [{ role: "system", content: system }] : [];
+  for (const { role, content } of messages.filter((message) => message.content)) {
+    if (spoken.at(-1)?.role === role) spoken.at(-1).content += `\n\n${content}`;
+    else spoken.push({ role, content });
+  }
+  return { model, ...sampling, messages: spoken };
 }
 
-/** Copy, and say on the button that it is done. */
+/** Copy, and say for a moment on the button that it is done. */
 async function copy(content, button) {
-  const copied = await write(content);
+  const done = text((await write(content)) ? "copied" : "copy.failed");
   const label = button.getAttribute("aria-label");
-  const done = text(copied ? "copied" : "copy.failed");
+  const say = (words) => (label === null ? (button.lastChild.textContent = words) : setLabel(button, words));
   announce(done);
-  if (label === null) return void (button.lastChild.textContent = done);
+  say(done);
   button.classList.add("done");
-  setLabel(button, done);
   setTimeout(() => {
+    say(label ?? text("copy.code"));
     button.classList.remove("done");
-    setLabel(button, label);
-  }, 1500);
+  }, COPIED_MILLISECONDS);
 }
 
 async function write(content) {

@@ -2,8 +2,13 @@
 // A classic script, because modules run after the document is there.
 (() => {
   const root = document.documentElement;
-  const theme = localStorage.getItem("mindspore-ui/theme");
-  const language = localStorage.getItem("mindspore-ui/language");
-  if (theme === "light" || theme === "dark") root.dataset.theme = theme;
-  root.lang = (language ?? navigator.language).startsWith("zh") ? "zh-CN" : "en";
+  root.lang = navigator.language.startsWith("zh") ? "zh-CN" : "en";
+  try {
+    const theme = localStorage.getItem("mindspore-ui/theme");
+    if (theme === "light" || theme === "dark") root.dataset.theme = theme;
+    const language = localStorage.getItem("mindspore-ui/language");
+    if (language === "en" || language === "zh-CN") root.lang = language;
+  } catch {
+    // storage is forbidden: as the system has it
+  }
 })();

@@ -1,6 +1,8 @@
 // Conversations, in this browser's storage and nowhere else. Each has an entry of its own, so that two tabs that write
 // different ones do not undo each other's work.
 
+import { device } from "./storage.js";
+
 const PREFIX = "mindspore-ui/conversation/";
 const TITLE_CHARACTERS = 60;
 
@@ -18,8 +20,8 @@ export function newConversation(like) {
 
 /** All that are stored, the latest first. What cannot be read is left alone. */
 export function conversations() {
-  const keys = Array.from({ length: localStorage.length }, (_, i) => localStorage.key(i));
-  const found = keys.filter((key) => key.startsWith(PREFIX)).map((key) => decode(localStorage.getItem(key)));
+  const keys = device.keys().filter((key) => key.startsWith(PREFIX));
+  const found = keys.map((key) => decode(device.get(key)));
   return found.filter(Boolean).sort((one, other) => other.updated - one.updated);
 }
 
@@ -31,16 +33,11 @@ function interrupted(message) {
 
 /** Store a conversation; false if the browser has no room for it. */
 export function save(conversation) {
-  try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
-    return true;
-  } catch {
-    return false;
-  }
+  return device.set(PREFIX + conversation.id, JSON.stringify(conversation));
 }
 
 export function remove(conversation) {
-  localStorage.removeItem(PREFIX + conversation.id);
+  device.remove(PREFIX + conversation.id);
 }
 
 /** Call `changed` when another tab stores or removes a conversation. */

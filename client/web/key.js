@@ -1,14 +1,15 @@
 // The API key: asked for when the server wants one, kept for this tab or, if so wished, on this device.
 
 import { byId } from "./dom.js";
+import { device, tab } from "./storage.js";
 
 const KEY = "mindspore-ui/key";
 
-export const apiKey = () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
+export const apiKey = () => tab.get(KEY) ?? device.get(KEY) ?? "";
 
 export function forgetKey() {
-  sessionStorage.removeItem(KEY);
-  localStorage.removeItem(KEY);
+  tab.remove(KEY);
+  device.remove(KEY);
 }
 
 /** The dialog that asks for it. `given()` is called when there is a new key. */
@@ -39,7 +40,7 @@ export class KeyDialog {
     byId("key").value = "";
     if (!key) return false;
     forgetKey();
-    (byId("key-remember").checked ? localStorage : sessionStorage).setItem(KEY, key);
+    (byId("key-remember").checked ? device : tab).set(KEY, key);
     return true;
   }
 }

@@ -2,6 +2,7 @@
 // rest, which cannot be reached meanwhile.
 
 import { byId } from "./dom.js";
+import { device } from "./storage.js";
 
 const KEY = "mindspore-ui/panel";
 const PANELS = ["settings", "status"];
@@ -17,10 +18,8 @@ export class Panels {
       button.addEventListener("click", () => this.close(button.dataset.closes));
     }
     byId("backdrop").addEventListener("click", () => this.closeOverlay());
-    for (const query of [wide, medium]) query.addEventListener("change", () => this.arrange());
-    const last = localStorage.getItem(KEY) ?? "status";
-    if (wide.matches && PANELS.includes(last)) byId(last).hidden = false;
-    this.arrange();
+    for (const query of [wide, medium]) query.addEventListener("change", () => this.restore());
+    this.restore();
   }
 
   isOpen(id) {
@@ -62,6 +61,14 @@ export class Panels {
     return wide.matches ? undefined : PANELS.find((id) => this.isOpen(id));
   }
 
+  /** What is open when the page, or its width, is new: on a wide one what was open there last, else nothing. */
+  restore() {
+    const last = device.get(KEY) ?? "status";
+    for (const id of PANELS) byId(id).hidden = !wide.matches || id !== last;
+    byId("sidebar").classList.remove("open");
+    this.arrange();
+  }
+
   arrange() {
     const { overlay } = this;
     byId("backdrop").hidden = !overlay;
@@ -73,6 +80,6 @@ export class Panels {
   }
 
   remember() {
-    if (wide.matches) localStorage.setItem(KEY, PANELS.find((id) => this.isOpen(id)) ?? "none");
+    if (wide.matches) device.set(KEY, PANELS.find((id) => this.isOpen(id)) ?? "none");
   }
 }

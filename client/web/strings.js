@@ -1,5 +1,7 @@
 // Every text of the page, in English and Chinese. {0}, {1} are filled in.
 
+import { device } from "./storage.js";
+
 const STRINGS = {
   "title": ["MindSpore LLM serving", "MindSpore 大模型服务"],
   "skip": ["To the message box", "跳到输入框"],
@@ -161,7 +163,7 @@ export function number(value, digits = 0) {
 /** Go to the other language, and remember it. */
 export function switchLanguage() {
   document.documentElement.lang = LANGUAGES[1 - LANGUAGES.indexOf(language())];
-  localStorage.setItem(KEY, language());
+  device.set(KEY, language());
 }
 
 /** Write the texts of the elements that name one: data-text, data-label, data-placeholder. */
