@@ -25,7 +25,10 @@ class App {
     this.keyDialog = new KeyDialog(() => this.tryKey());
     this.chat = new Chat({ changed: (conversation) => this.store(conversation), needsKey: () => this.keyDialog.ask() });
     this.settings = new Settings(() => this.conversation.messages.length && this.store(this.conversation));
-    this.monitor = new Monitor(() => this.showState(), () => this.panels.isOpen("status"));
+    this.monitor = new Monitor(
+      () => this.showState(),
+      () => this.panels.isOpen("status"),
+    );
     this.conversations = history.conversations();
     this.models = [];
     this.listen();
@@ -158,7 +161,12 @@ class App {
       return element(
         "li",
         { class: current && "current" },
-        element("button", { type: "button", class: "open", onclick: open, "aria-current": current && "true", title }, answering ? element("span", { class: "dot busy" }) : null, title),
+        element(
+          "button",
+          { type: "button", class: "open", onclick: open, "aria-current": current && "true", title },
+          answering ? element("span", { class: "dot busy" }) : null,
+          title,
+        ),
         iconButton("trash", text("chats.delete", title), () => this.remove(conversation)),
       );
     });

@@ -16,11 +16,21 @@ export class Chart {
     this.top = element("span", { class: "top" });
     this.area = svg("path", { class: "area" });
     this.line = svg("path", { class: "line" });
-    this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" }, this.area, this.line);
+    this.picture = svg(
+      "svg",
+      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" },
+      this.area,
+      this.line,
+    );
     this.node = element(
       "figure",
       { class: "chart" },
-      element("figcaption", {}, element("span", { class: "title" }, title), element("span", {}, this.value, " ", this.unitText)),
+      element(
+        "figcaption",
+        {},
+        element("span", { class: "title" }, title),
+        element("span", {}, this.value, " ", this.unitText),
+      ),
       element("div", { class: "plot" }, this.picture, this.top),
     );
   }
@@ -36,11 +46,17 @@ export class Chart {
     ];
     const pieces = unbroken(known).map((piece) => piece.map(point));
     this.line.setAttribute("d", pieces.map((piece) => `M${piece.join("L")}`).join(""));
-    this.area.setAttribute("d", pieces.map((piece) => `M${piece[0][0]},${HEIGHT}L${piece.join("L")}L${piece.at(-1)[0]},${HEIGHT}Z`).join(""));
+    this.area.setAttribute(
+      "d",
+      pieces.map((piece) => `M${piece[0][0]},${HEIGHT}L${piece.join("L")}L${piece.at(-1)[0]},${HEIGHT}Z`).join(""),
+    );
     const current = known.length ? number(known.at(-1)[1], this.digits) : "–";
     this.value.textContent = current;
     this.top.textContent = number(top);
-    this.picture.setAttribute("aria-label", text("status.chart", this.title, current, this.unit, number(highest, this.digits)));
+    this.picture.setAttribute(
+      "aria-label",
+      text("status.chart", this.title, current, this.unit, number(highest, this.digits)),
+    );
   }
 }
 

@@ -1,6 +1,7 @@
 // The conversation in the middle of the page: what was said, and the box to say more.
 
-import { announce, byId, element, setLabel } from "./dom.js";
+import { copy } from "./clipboard.js";
+import { announce, byId, element } from "./dom.js";
 import { MessageView, sends } from "./message.js";
 import { ServerError, chat } from "./server.js";
 import { text } from "./strings.js";
@@ -8,10 +9,9 @@ import { text } from "./strings.js";
 const STICK_PIXELS = 60; // this near to the end, the view follows the text
 const SAVE_MILLISECONDS = 2000; // while an answer comes
 const ANNOUNCED_CHARACTERS = 2000;
-const COPIED_MILLISECONDS = 2000;
 
 export class Chat {
-  /** `changed(conversation)` is called after every change that is worth keeping, `needsKey()` when a key is asked for. */
+  /** `changed(conversation)` is called after every change worth keeping, `needsKey()` if the server wants a key. */
   constructor({ changed, needsKey }) {
     this.changed = changed;
     this.needsKey = needsKey;
@@ -22,7 +22,7 @@ export class Chat {
     this.prompt = byId("prompt");
     this.follows = true;
     this.actions = {
-      copy: (content, button) => copy(content, button),
+      copy,
       startEdit: (message) => this.views.get(message).edit(message !== this.lastQuestion()),
       edit: (message, content) => this.editAndSend(message, content),
       regenerate: (message) => this.regenerate(message),
@@ -31,7 +31,10 @@ export class Chat {
   }
 
   listen() {
-    byId("composer").addEventListener("submit", (event) => (event.preventDefault(), this.send()));
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
     byId("stop").addEventListener("click", () => this.stop());
     byId("latest").addEventListener("click", () => this.toEnd());
     this.prompt.addEventListener("input", () => this.fit());
@@ -238,14 +241,16 @@ export class Chat {
   }
 
   greeting() {
-    const examples = text("empty.examples").split("|").map((example) => {
-      const use = () => {
-        this.prompt.value = example;
-        this.fit();
-        this.prompt.focus();
-      };
-      return element("button", { type: "button", onclick: use }, example);
-    });
+    const examples = text("empty.examples")
+      .split("|")
+      .map((example) => {
+        const use = () => {
+          this.prompt.value = example;
+          this.fit();
+          this.prompt.focus();
+        };
+        return element("button", { type: "button", onclick: use }, example);
+      });
     return element(
       "div",
       { class: "greeting" },
@@ -274,33 +279,4 @@ function requestOf({ model, system, sampling, messages }) {
     else spoken.push({ role, content });
   }
   return { model, ...sampling, messages: spoken };
-}
-
-/** Copy, and say for a moment on the button that it is done. */
-async function copy(content, button) {
-  const done = text((await write(content)) ? "copied" : "copy.failed");
-  const label = button.getAttribute("aria-label");
-  const say = (words) => (label === null ? (button.lastChild.textContent = words) : setLabel(button, words));
-  announce(done);
-  say(done);
-  button.classList.add("done");
-  setTimeout(() => {
-    say(label ?? text("copy.code"));
-    button.classList.remove("done");
-  }, COPIED_MILLISECONDS);
-}
-
-async function write(content) {
-  try {
-    await navigator.clipboard.writeText(content); // not there on a page by plain http from another machine
-    return true;
-  } catch {
-    const box = element("textarea", { class: "unseen", readonly: true });
-    box.value = content;
-    document.body.append(box);
-    box.select();
-    const copied = document.execCommand("copy");
-    box.remove();
-    return copied;
-  }
 }

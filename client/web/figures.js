@@ -26,7 +26,7 @@ export class Figures {
     if (names !== this.shown) this.build(status, names);
     this.place.classList.toggle("old", state === "away" || state === "locked");
     for (const model of status.models) this.models.get(model.names[0]).show(model, samples.get(model.names[0]));
-    this.about.textContent = `${text("status.version")} ${status.version} · ${text("status.uptime")} ${duration(status.uptime_seconds)}`;
+    this.about.textContent = text("status.about", status.version, duration(status.uptime_seconds));
   }
 
   build(status, names) {
@@ -65,7 +65,12 @@ class ModelFigures {
   show(model, samples) {
     const now = performance.now() / 1000;
     const span = Math.min(Math.max(now - samples[0].time, LEAST_SECONDS), WINDOW_SECONDS);
-    for (const [chart, value] of this.charts) chart.draw(samples.map((sample) => [sample.time, value(sample)]), now, span);
+    for (const [chart, value] of this.charts)
+      chart.draw(
+        samples.map((sample) => [sample.time, value(sample)]),
+        now,
+        span,
+      );
     this.facts.replaceChildren(
       ...fact("status.context", number(model.context_length)),
       ...fact("status.preemptions", number(model.preemptions)),
@@ -80,13 +85,23 @@ function fact(key, value) {
 
 function agentLine({ address, connected }, ready) {
   const state = connected ? (ready ? "ready" : "silent") : "away";
-  return element("li", { "data-state": state }, element("span", { class: "dot" }), element("code", {}, address), element("span", { class: "fine" }, text(`agent.${state}`)));
+  return element(
+    "li",
+    { "data-state": state },
+    element("span", { class: "dot" }),
+    element("code", {}, address),
+    element("span", { class: "fine" }, text(`agent.${state}`)),
+  );
 }
 
 /** Days, hours, minutes, as short as it is clear. */
 function duration(seconds) {
   const minutes = Math.floor(seconds / 60);
-  const parts = [[Math.floor(minutes / 1440), "d"], [Math.floor(minutes / 60) % 24, "h"], [minutes % 60, "min"]];
+  const parts = [
+    [Math.floor(minutes / 1440), "d"],
+    [Math.floor(minutes / 60) % 24, "h"],
+    [minutes % 60, "min"],
+  ];
   const told = parts.filter(([value]) => value > 0).map(([value, unit]) => `${value} ${unit}`);
   return told.length ? told.join(" ") : `${Math.floor(seconds)} s`;
 }

@@ -33,22 +33,34 @@ export class MessageView {
 
   /** Let the text be changed in place. `drops` says whether later messages go. */
   edit(drops) {
-    const box = element("textarea", { rows: "3", "aria-label": text("edit.label") });
-    box.value = this.message.content;
     const leave = () => {
       form.replaceWith(this.body);
       this.buttons.hidden = false;
       this.buttons.querySelector("button")?.focus();
     };
-    const save = () => box.value.trim() && this.actions.edit(this.message, box.value);
+    const save = (event) => {
+      event.preventDefault();
+      if (box.value.trim()) this.actions.edit(this.message, box.value);
+    };
+    const press = (event) => {
+      if (sends(event)) save(event);
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // it would stop an answer
+      leave();
+    };
+    const box = element("textarea", { rows: "3", "aria-label": text("edit.label"), onkeydown: press });
+    box.value = this.message.content;
     const form = element(
       "form",
-      { class: "edit", onsubmit: (event) => (event.preventDefault(), save()), onkeydown: (event) => (event.key === "Escape" ? (event.stopPropagation(), leave()) : sends(event) && (event.preventDefault(), save())) },
+      { class: "edit", onsubmit: save },
       box,
-      element("div", { class: "row end" },
+      element(
+        "div",
+        { class: "row end" },
         element("span", { class: "fine" }, drops ? text("edit.drop") : ""),
         element("button", { type: "button", class: "quiet", onclick: leave }, text("cancel")),
-        element("button", { type: "submit", class: "primary" }, text("edit.save"))),
+        element("button", { type: "submit", class: "primary" }, text("edit.save")),
+      ),
     );
     this.body.replaceWith(form);
     this.buttons.hidden = true;
@@ -59,7 +71,11 @@ export class MessageView {
     const { state, error } = this.message;
     this.error.hidden = state !== "failed";
     if (state !== "failed") return;
-    const retry = element("button", { type: "button", class: "quiet", onclick: () => this.actions.regenerate(this.message) }, text("retry"));
+    const retry = element(
+      "button",
+      { type: "button", class: "quiet", onclick: () => this.actions.regenerate(this.message) },
+      text("retry"),
+    );
     this.error.replaceChildren(element("span", {}, errorText(error)), retry);
   }
 

@@ -35,7 +35,9 @@ export class Settings {
       field.setAttribute("aria-invalid", String(!field.checkValidity()));
       if (field.value !== "" && field.checkValidity()) sampling[name] = field.valueAsNumber;
     }
-    const stop = this.field("stop").value.split("\n").filter((line) => line !== "");
+    const stop = this.field("stop")
+      .value.split("\n")
+      .filter((line) => line !== "");
     if (stop.length) sampling.stop = stop;
     Object.assign(this.conversation, { system: this.field("system").value, sampling });
     this.changed();

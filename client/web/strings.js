@@ -90,7 +90,10 @@ const STRINGS = {
   "server.away": ["Server away", "服务器离线"],
   "server.locked": ["Needs an API key", "需要 API 密钥"],
   "banner.away": ["The server is away. Trying again…", "服务器离线，正在重试…"],
-  "banner.starting": ["The server waits for its agents; answers will be possible when they are ready.", "服务器正在等待代理进程，就绪后即可回答。"],
+  "banner.starting": [
+    "The server waits for its agents; answers will be possible when they are ready.",
+    "服务器正在等待代理进程，就绪后即可回答。",
+  ],
   "banner.draining": ["The server is shutting down and takes no new requests.", "服务器正在关闭，不再接受新请求。"],
   "banner.locked": ["This server asks for an API key.", "此服务器需要 API 密钥。"],
   "banner.back": ["The server is back", "服务器已恢复"],
@@ -107,7 +110,10 @@ const STRINGS = {
   "key.enter": ["Enter the key", "输入密钥"],
 
   "settings": ["Settings", "设置"],
-  "settings.scope": ["Of this conversation. What is left empty is the server’s default.", "仅用于此对话。留空则使用服务器默认值。"],
+  "settings.scope": [
+    "Of this conversation. What is left empty is the server’s default.",
+    "仅用于此对话。留空则使用服务器默认值。",
+  ],
   "settings.system": ["System prompt", "系统提示词"],
   "settings.system.placeholder": ["How the model should answer", "希望模型如何回答"],
   "settings.temperature": ["Temperature", "温度"],
@@ -136,8 +142,7 @@ const STRINGS = {
   "status.chart": ["{0}: now {1} {2}, at most {3} lately", "{0}：当前 {1} {2}，近期最高 {3}"],
   "status.context": ["Context", "上下文"],
   "status.preemptions": ["Preempted", "被抢占"],
-  "status.uptime": ["Running for", "已运行"],
-  "status.version": ["Version", "版本"],
+  "status.about": ["Version {0} · running for {1}", "版本 {0} · 已运行 {1}"],
   "status.agents": ["Agents", "代理进程"],
   "agent.ready": ["answers", "正常"],
   "agent.silent": ["connected, not ready", "已连接，未就绪"],
