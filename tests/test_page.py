@@ -198,7 +198,7 @@ def test_the_figures_are_those_of_the_moment(slow: Ui) -> None:
     chart = slow.page.locator(".chart", has_text="Batch")
     expect(chart.locator(".value")).to_have_text("0")
     expect(chart.locator(".unit")).to_have_text("of 2")
-    slow.send("hi")
+    slow.send("hi " * 1000)  # enough to be seen in the cache
     expect(chart.locator(".value")).to_have_text("1")
     expect(slow.page.locator(".chart", has_text="Cache").locator(".value")).not_to_have_text("0.0")
     expect(slow.page.locator(".chart", has_text="Output").locator(".value")).not_to_have_text("0")

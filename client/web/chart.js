@@ -71,8 +71,8 @@ function unbroken(samples) {
   return pieces;
 }
 
-/** The next number of 1, 2, 5, 10, 20, … that is not below `value`. */
+/** A round number that is not below `value`, for the top of the scale. */
 function scaleTop(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((top) => top >= value);
+  return [1, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((top) => top >= value);
 }
