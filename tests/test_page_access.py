@@ -99,7 +99,7 @@ def test_a_phone_needs_no_scrolling_sideways(browser: Browser, standin: Serving)
         + " wide |" * 30
         + "\n|"
         + "---|" * 30
-        + "\n\nhttps://a.test/"
+        + "\n\nhttps://test/"
         + "z" * 300
     )
     with ui(browser, standin.url, viewport=PHONE, has_touch=True, is_mobile=True) as opened:
@@ -130,7 +130,7 @@ TEXTS = """.message.user .body, .message.assistant .body p, .body a, .body code,
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_colours(browser: Browser, standin: Serving, scheme: str) -> None:
-    source = "A [link](https://a.test/) and `code`.\n\n> quote\n\n```py\nx\n```\n\n| a |\n|---|\n| b |"
+    source = "A [link](https://test/) and `code`.\n\n> quote\n\n```py\nx\n```\n\n| a |\n|---|\n| b |"
     with ui(browser, standin.url, color_scheme=scheme) as opened:
         page = opened.open().page
         answer_with(page, stream_of([source], end=[]))
