@@ -53,6 +53,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
 
     Raises:
         ManifestError, TokenizerError: a model's folder cannot be used.
+        OSError: the page's files cannot be read.
     """
     deployment = Deployment(config)
 
@@ -196,11 +197,12 @@ def open_app(config: ServingConfig, announce: Callable[[str], None]) -> AppServe
     """
     try:
         log_to_file(config.logging, LOG_NAME)
-        log_to_console()
-        logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
-        return AppServer(create_app(config, announce))
     except OSError as error:
         raise ConfigError(f"logging.folder: {error}") from None
+    log_to_console()
+    logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
+    try:
+        return AppServer(create_app(config, announce))
     except (ManifestError, TokenizerError) as error:
         raise ConfigError(str(error)) from None
 

@@ -7,6 +7,7 @@ The names are those that vLLM's users chart, with ``mindspore_llm_`` in front; e
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
 from server.request import FinishReason
 
@@ -69,7 +70,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _value(series: Gauge | Counter) -> float:
+def _value(series: MetricWrapperBase) -> float:
     [metric] = series.collect()
     return metric.samples[0].value  # a counter's second sample is when it was made
 
