@@ -85,7 +85,7 @@ class Ui:
 
     def text(self, state: str = "done") -> str:
         """The text of the last answer."""
-        return self.answer(state).locator(".body").inner_text()
+        return self.answer(state).locator("> .body").inner_text()
 
     def narrower_than_the_window(self) -> bool:
         return bool(self.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))

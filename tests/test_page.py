@@ -81,7 +81,7 @@ def test_a_number_out_of_range_is_marked_and_not_sent(shown: Ui) -> None:
 def test_stop_keeps_the_text_and_frees_the_request(slow: Ui, slow_standin: Serving, how: str) -> None:
     slow.send("hi")
     slow.answer("answering")
-    body = slow.page.locator(".message.assistant .body")
+    body = slow.page.locator(".message.assistant > .body")
     expect(body).not_to_be_empty()
     assert running(slow_standin) == 1
     if how == "button":
@@ -99,7 +99,7 @@ def test_stop_keeps_the_text_and_frees_the_request(slow: Ui, slow_standin: Servi
 def test_the_text_is_shown_while_it_comes_and_followed(slow: Ui) -> None:
     slow.send("line\n" * 60)
     slow.answer("answering")
-    body = slow.page.locator(".message.assistant .body")
+    body = slow.page.locator(".message.assistant > .body")
     lengths = [0]
     while len(lengths) < 4:  # it grows at least three times
         length = len(body.inner_text())
@@ -137,17 +137,27 @@ def test_an_error_in_the_middle_keeps_the_text_so_far(shown: Ui) -> None:
     answer_with(shown.page, stream_of(["So ", "far"], end=[error, "[DONE]"]), times=1)
     shown.send("hi")
     failed = shown.answer("failed")
-    expect(failed.locator(".body")).to_have_text("So far")
+    expect(failed.locator("> .body")).to_have_text("So far")
     expect(failed.locator(".error")).to_contain_text("The server could not finish: the model is out of ink")
     failed.get_by_role("button", name="Try again").click()
     assert "So far" not in shown.text()
+
+
+def test_what_a_model_thinks_first_is_folded_away(shown: Ui) -> None:
+    answer_with(shown.page, stream_of(["<thi", "nk>Two and ", "*two*</thi", "nk>\n\nThe answer is **4**."]))
+    shown.send("hi")
+    assert shown.text() == "The answer is 4."
+    thought = shown.page.get_by_text("Two and two")
+    expect(thought).to_be_hidden()
+    shown.page.get_by_text("What it thought").click()
+    expect(thought).to_be_visible()
 
 
 def test_a_stream_without_its_end_is_an_error(shown: Ui) -> None:
     answer_with(shown.page, stream_of(["So ", "far"], end=[]))
     shown.send("hi")
     failed = shown.answer("failed")
-    expect(failed.locator(".body")).to_have_text("So far")
+    expect(failed.locator("> .body")).to_have_text("So far")
     expect(failed.locator(".error")).to_contain_text("connection broke")
 
 
@@ -161,7 +171,7 @@ def test_a_server_that_dies_is_missed_and_found_again(browser: Browser, tmp_path
             page = opened.open().page
             page.route(COMPLETIONS, go_on_for_ever)
             opened.send("hi")
-            body = page.locator(".message.assistant .body")
+            body = page.locator(".message.assistant > .body")
             expect(body).not_to_be_empty()
             app.send(signal.SIGKILL)
             app.wait()

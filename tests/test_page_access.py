@@ -123,7 +123,7 @@ def test_a_phone_needs_no_scrolling_sideways(browser: Browser, standin: Serving)
         expect(page.get_by_role("heading", name="Ask the model something")).to_be_visible()
 
 
-TEXTS = """.message.user .body, .message.assistant .body p, .body a, .body code, .body blockquote, .body th, .meta,
+TEXTS = """.message.user .body, .message.assistant > .body p, .body a, .body code, .body blockquote, .body th, .meta,
     .code figcaption, .chart .title, .chart .unit, .chart .top, .fine, #hint, .pill, #conversations .open, .error span,
     .error .quiet, .link"""
 

@@ -51,7 +51,7 @@ def test_a_conversation_can_be_deleted_and_brought_back(shown: Ui) -> None:
 
 def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(slow: Ui, slow_standin: Serving) -> None:
     slow.send("gone")
-    expect(slow.page.locator(".message.assistant .body")).not_to_be_empty()
+    expect(slow.page.locator(".message.assistant > .body")).not_to_be_empty()
     slow.button("Delete all").click()
     eventually(lambda: running(slow_standin) == 0)
     slow.page.reload()
@@ -61,7 +61,7 @@ def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(slow: Ui
 
 def test_another_conversation_can_be_read_while_one_is_answered(slow: Ui) -> None:
     slow.send("long")
-    body = slow.page.locator(".message.assistant .body")
+    body = slow.page.locator(".message.assistant > .body")
     expect(body).not_to_be_empty()
     slow.button("New conversation").click()
     expect(slow.page.locator(".message")).to_have_count(0)
@@ -75,11 +75,11 @@ def test_another_conversation_can_be_read_while_one_is_answered(slow: Ui) -> Non
 
 def test_a_page_that_is_closed_in_the_middle_says_so_later(slow: Ui) -> None:
     slow.send("long")
-    expect(slow.page.locator(".message.assistant .body")).not_to_be_empty()
+    expect(slow.page.locator(".message.assistant > .body")).not_to_be_empty()
     slow.page.reload()
     failed = slow.answer("failed")
     expect(failed.locator(".error")).to_contain_text("The page was closed")
-    assert failed.locator(".body").inner_text().strip()
+    assert failed.locator("> .body").inner_text().strip()
 
 
 def test_the_export_is_in_the_words_of_the_protocol(shown: Ui) -> None:

@@ -177,12 +177,18 @@ class App {
 
   showState() {
     const { state } = this.monitor;
-    const changed = state !== this.state;
-    const before = this.state;
-    this.state = state;
     this.figures.show(this.monitor);
     byId("forget-key").hidden = !apiKey();
-    if (!changed) return;
+    if (state === this.state) return;
+    this.state = state;
+    this.sayState(state);
+    if (state === "locked") this.keyDialog.ask();
+    if (state === "ready") this.loadModels();
+    if (state === "ready" && this.missed) announce(text("banner.back"));
+    this.missed = state === "away" || (this.missed && state !== "ready");
+  }
+
+  sayState(state) {
     byId("state").dataset.state = state;
     byId("state").title = text(`server.${state}`);
     byId("state").querySelector(".pill-text").textContent = text(`server.${state}`);
@@ -190,9 +196,6 @@ class App {
     byId("banner").hidden = !told;
     if (told) byId("banner").querySelector(".banner-text").textContent = text(`banner.${state}`);
     byId("enter-key").hidden = state !== "locked";
-    if (state === "locked") this.keyDialog.ask();
-    if (state === "ready" && before !== "ready") this.loadModels();
-    if (state === "ready" && before === "away") announce(text("banner.back"));
   }
 
   async loadModels() {

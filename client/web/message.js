@@ -10,12 +10,15 @@ export class MessageView {
     this.message = message;
     this.actions = actions;
     this.body = element("div", { class: "body" });
+    this.thought = element("div", { class: "body" });
+    this.thinking = element("details", { class: "thinking", hidden: true }, element("summary"), this.thought);
     this.meta = element("p", { class: "meta" });
     this.error = element("div", { class: "error", hidden: true });
     this.buttons = element("div", { class: "buttons" });
     const who = element("h3", { class: "unseen" }, text(message.role === "user" ? "you" : "assistant"));
     const foot = element("div", { class: "foot" }, this.meta, this.buttons);
-    this.node = element("article", { class: `message ${message.role}` }, who, this.body, this.error, foot);
+    const parts = [who, message.role === "user" ? null : this.thinking, this.body, this.error, foot];
+    this.node = element("article", { class: `message ${message.role}` }, parts);
     this.update();
   }
 
@@ -24,11 +27,19 @@ export class MessageView {
     const { message } = this;
     this.node.dataset.state = message.state ?? "done";
     if (message.role === "user") this.body.textContent = message.content;
-    else showMarkdown(this.body, message.content);
+    else this.showAnswer();
     this.body.classList.toggle("waiting", message.state === "answering" && !message.content);
     this.meta.textContent = message.role === "user" ? "" : describe(message);
     this.showError();
     this.showButtons();
+  }
+
+  showAnswer() {
+    const { thought, answer, complete } = partsOf(this.message.content);
+    this.thinking.hidden = !thought;
+    this.thinking.firstChild.textContent = text(complete ? "thought" : "thinking");
+    showMarkdown(this.thought, thought);
+    showMarkdown(this.body, answer);
   }
 
   /** Let the text be changed in place. `drops` says whether later messages go. */
@@ -102,6 +113,13 @@ export function sends(event) {
 /** What went wrong, in the language of the page; the server's own words as they are. */
 export function errorText({ kind, message }) {
   return text(`error.${kind}`, message);
+}
+
+/** What a reasoning model writes before its answer, in `<think>`, and the answer. */
+function partsOf(content) {
+  const found = /^\s*<think>([^]*?)(<\/think>|$)/.exec(content);
+  if (!found) return { thought: "", answer: content, complete: true };
+  return { thought: found[1].trim(), answer: content.slice(found[0].length), complete: found[2] !== "" };
 }
 
 function describe({ state, stats, model, content }) {

@@ -63,6 +63,8 @@ const STRINGS = {
   "regenerate": ["Answer again", "重新回答"],
   "retry": ["Try again", "重试"],
 
+  "thinking": ["Thinking", "正在思考"],
+  "thought": ["What it thought", "思考过程"],
   "answering": ["Answering", "正在回答"],
   "answer.waiting": ["Waiting for the first token", "等待首个词元"],
   "answer.rate": ["{0} tokens/s", "{0} 词元/秒"],
