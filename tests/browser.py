@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
-from serving_processes import Serving
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from serving_processes import PATIENCE_SECONDS, Serving
 
 # Without these, Chromium asks hosts of its own at every start; the sandbox does not work for root.
 FLAGS = (
@@ -42,6 +42,7 @@ def chromium() -> Iterator[Browser]:
     """The system's Chromium, without a window."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert path, "the tests of the page need Chromium; on Debian: apt install chromium"
+    expect.set_options(timeout=1000 * PATIENCE_SECONDS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
