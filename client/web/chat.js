@@ -104,7 +104,7 @@ export class Chat {
     this.conversation.messages.push(message);
     this.append(message);
     this.toEnd();
-    this.answer(this.conversation);
+    this.answer();
   }
 
   editAndSend(message, content) {
@@ -115,7 +115,7 @@ export class Chat {
 
   regenerate(message) {
     this.cutBefore(message);
-    this.answer(this.conversation);
+    this.answer();
     this.prompt.focus();
   }
 
@@ -133,8 +133,9 @@ export class Chat {
     return this.conversation.messages.findLast((message) => message.role === "user");
   }
 
-  /** Ask the server for the next answer of a conversation, and show it as it comes. */
-  async answer(conversation) {
+  /** Ask for the next answer and show it as it comes, also if another conversation is looked at meanwhile. */
+  async answer() {
+    const { conversation } = this;
     const body = requestOf(conversation);
     const message = { role: "assistant", content: "", state: "answering", model: conversation.model };
     const ending = new AbortController();
@@ -167,12 +168,11 @@ export class Chat {
         first ||= now;
         message.content += piece.text;
         stats.ttft = (first - asked) / 1000;
-        stats.tokens += 1; // at least: a piece can hold several
-        if (now > first) stats.rate = (stats.tokens - 1) / ((now - first) / 1000);
         stats.seconds = (now - first) / 1000;
+        stats.tokens += 1; // at least: a piece can hold several
       }
       if (piece.finish) stats.finish = piece.finish;
-      if (piece.usage) count(stats, piece.usage.completion_tokens);
+      if (piece.usage) Object.assign(stats, { tokens: piece.usage.completion_tokens, exact: true });
       if (now - saved > SAVE_MILLISECONDS && this.answers.has(conversation)) {
         saved = now;
         this.changed(conversation);
@@ -201,7 +201,6 @@ export class Chat {
 
   /** Show a message of the conversation on view. */
   append(message) {
-    if (!this.conversation.messages.includes(message)) return;
     const view = new MessageView(message, this.actions);
     this.views.set(message, view);
     this.log.append(view.node);
@@ -259,13 +258,6 @@ export class Chat {
       element("div", { class: "examples" }, ...examples),
     );
   }
-}
-
-/** The exact count of an answer's tokens, once the server has said it. */
-function count(stats, tokens) {
-  stats.tokens = tokens;
-  stats.exact = true;
-  if (stats.seconds > 0) stats.rate = (tokens - 1) / stats.seconds;
 }
 
 /**

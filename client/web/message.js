@@ -84,7 +84,7 @@ export class MessageView {
     if (state !== "failed") return;
     const retry = element(
       "button",
-      { type: "button", class: "quiet", onclick: () => this.actions.regenerate(this.message) },
+      { type: "button", class: "quiet again", onclick: () => this.actions.regenerate(this.message) },
       text("retry"),
     );
     this.error.replaceChildren(element("span", {}, errorText(error)), retry);
@@ -100,7 +100,7 @@ export class MessageView {
     const change =
       message.role === "user"
         ? iconButton("edit", text("edit"), () => actions.startEdit(message))
-        : iconButton("retry", text("regenerate"), () => actions.regenerate(message));
+        : iconButton("retry", text("regenerate"), () => actions.regenerate(message), { class: "icon-button again" });
     this.buttons.replaceChildren(...(message.content ? [copy] : []), change);
   }
 }
@@ -111,7 +111,7 @@ export function sends(event) {
 }
 
 /** What went wrong, in the language of the page; the server's own words as they are. */
-export function errorText({ kind, message }) {
+function errorText({ kind, message }) {
   return text(`error.${kind}`, message);
 }
 
@@ -125,7 +125,7 @@ function partsOf(content) {
 function describe({ state, stats, model, content }) {
   if (state === "answering" && !content) return text("answer.waiting");
   const parts = [];
-  if (stats?.rate) parts.push(text("answer.rate", number(stats.rate, 1)));
+  if (stats?.seconds) parts.push(text("answer.rate", number((stats.tokens - 1) / stats.seconds, 1)));
   if (stats?.ttft) parts.push(text("answer.ttft", seconds(stats.ttft)));
   if (stats?.tokens) parts.push(text(stats.exact ? "answer.tokens" : "answer.atLeast", number(stats.tokens)));
   if (stats?.finish === "length") parts.push(text("answer.length"));
