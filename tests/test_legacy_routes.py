@@ -51,6 +51,13 @@ def test_an_event_is_the_documented_object(client: httpx.Client) -> None:
     assert content.decode() == f"data: {expected}\r\n\r\n" * 2  # the only step, and the whole text
 
 
+@pytest.mark.parametrize("protocol", ["sse", "lines"])
+def test_a_stream_asks_proxies_not_to_hold_it_back(client: httpx.Client, protocol: str) -> None:
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 1, "return_protocol": protocol}}
+    headers = client.post("/models/llama2/generate_stream", json=body).headers
+    assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-store")
+
+
 def test_a_line_is_the_documented_object(client: httpx.Client) -> None:
     content = stream(client, "hi", max_new_tokens=2, return_protocol="raw").decode()
     *steps, whole = content.splitlines(keepends=True)

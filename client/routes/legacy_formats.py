@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 PING_SECONDS = 600
 RETRY_MILLISECONDS = 30_000
+UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # for proxies, as event streams have it
 
 encode = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -68,7 +69,7 @@ class Lines:
         return self._line({"error": message})
 
     def response(self, chunks: AsyncIterator[str]) -> Response:
-        return StreamingResponse(chunks, media_type="text/plain")
+        return StreamingResponse(chunks, media_type="text/plain", headers=UNBUFFERED)
 
     @staticmethod
     def _line(content: dict[str, Any]) -> str:
