@@ -63,6 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # with the token's number in the answer, all the randomness there is
     min_new_tokens: int = 0  # until then, end_token_ids cannot be chosen
     end_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), each token once
     logprobs: bool = False  # of the chosen tokens
     top_logprobs: int = 0  # this many best tokens beside the chosen one
 

@@ -34,6 +34,8 @@ class GenerationParams:
     truncate: int | None = None  # keep only this many tokens at the prompt's end
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
