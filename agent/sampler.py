@@ -33,6 +33,7 @@ class Sampler:
         self._biased = np.zeros(max_num_seqs, bool)
         self._end_tokens = [np.zeros(0, np.int64)] * max_num_seqs
         self._taken = np.zeros(max_num_seqs, bool)
+        self._latest = np.full(max_num_seqs, -1, np.int32)  # -1: no token was sampled since the reset
         self._penalized = np.zeros(max_num_seqs, bool)
         self._penalties = np.zeros(max_num_seqs, PENALTIES)
         self._min_new_tokens = np.zeros(max_num_seqs, np.int64)
@@ -48,12 +49,18 @@ class Sampler:
         """Whether all these seats are taken."""
         return bool(self._taken[seats].all())
 
+    def latest(self, seats: Ints) -> Ints:
+        """The tokens that these seats have got last, ``[S]``; negative where that is none since the seat was taken."""
+        latest: Ints = self._latest[seats]
+        return latest
+
     def reset(self, reset: SeatReset) -> None:
         """A request takes a seat."""
         seat, params, output_ids = reset.seat, reset.params, ints(reset.output_ids)
         penalized = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
         self._counts[seat] = TokenCounts(ints(reset.prompt_ids), output_ids) if penalized else None
         self._taken[seat] = True
+        self._latest[seat] = -1
         self._penalized[seat] = penalized
         self._penalties[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._biases[seat] = np.array(params.logit_bias, BIAS)
@@ -148,6 +155,7 @@ class Sampler:
 
     def _append(self, tokens: NDArray[np.int64], seats: Ints) -> None:
         self._settings["number"][seats] += 1
+        self._latest[seats] = tokens
         for i in np.flatnonzero(self._penalized[seats]):
             if counts := self._counts[seats[i]]:
                 counts.add(int(tokens[i]))

@@ -16,8 +16,7 @@ async def collect_while_connected(streams: Sequence[RequestStream], request: Req
 
     Raises:
         ClientDisconnect: the client has left.
-        GenerationFailed: an answer could not be finished.
-        NotServing: the server stops first.
+        ServingError: an answer could not be finished.
     """
     answers = asyncio.ensure_future(_collect(streams))
     departure = asyncio.ensure_future(_departure(request))
