@@ -29,7 +29,15 @@ READMES = ("README.md", "README_CN.md")
 DOCUMENTS = (*READMES, "CHANGELOG.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 PACKAGES = ("agent", "benchmarks", "client", "config", "kernels", "models", "server")
 DEFAULT_URL = "http://127.0.0.1:9811"
-KNOWN_HOSTS = {"127.0.0.1", "test", "www.apache.org", "github.com", "arxiv.org", "www.w3.org"}  # that a file may name
+KNOWN_HOSTS = {
+    "127.0.0.1",
+    "test",
+    "chat.example.org",
+    "www.apache.org",
+    "github.com",
+    "arxiv.org",
+    "www.w3.org",
+}  # that a file may name
 CONFIG_SECTIONS = {
     "models": ModelConfig,
     "server": ServerConfig,
