@@ -9,12 +9,13 @@ import time
 import numpy as np
 
 from agent.connection import Connection
+from agent.intake import Checked, Intake, check
 from agent.listener import Listener
 from agent.logprobs import token_logprobs
-from agent.protocol import Hello, ProtocolError, StepError, StepOutput, StepPlan, pack_floats, pack_ints
+from agent.protocol import Hello, StepError, StepOutput, StepPlan, pack_floats, pack_ints
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
-from agent.step_batch import PlanError, StepBatch, StepShapes, read_plan
+from agent.step_batch import PlanError, StepBatch, StepSampling, StepShapes
 from config.serving_config import LimitsConfig
 
 logger = logging.getLogger(__name__)
@@ -79,19 +80,24 @@ class Agent:
     def _serve(self, server: Connection, listener: Listener) -> None:
         self._sampler.clear()
         server.send(self.hello)
-        while (plan := server.receive()) and not listener.closed and server.replaced_by is None:
-            if not isinstance(plan, StepPlan):
-                raise ProtocolError(f"a server sends plans, not {type(plan).__name__}")
-            server.send(self.answer(plan))
-            if self._broken:
-                raise self._broken
+        with Intake(server, self._shapes) as intake:
+            while (taken := intake.next()) and not listener.closed and server.replaced_by is None:
+                server.send(self.run(*taken))
+                if self._broken:
+                    raise self._broken
         logger.info("the server has detached")
 
     def answer(self, plan: StepPlan) -> StepOutput | StepError:
-        """Run one plan. Whatever goes wrong in it is the answer; the agent serves on."""
-        arrived = time.perf_counter()
+        """Check and run one plan."""
+        return self.run(plan, check(plan, self._shapes))
+
+    def run(self, plan: StepPlan, checked: Checked) -> StepOutput | StepError:
+        """Run a plan that was checked. Whatever is or goes wrong with it is the answer; the agent serves on."""
+        taken_up = time.perf_counter()
         try:
-            return self._step(plan, arrived)
+            if isinstance(checked, PlanError):
+                raise checked
+            return self._step(plan, *checked, taken_up)
         except PlanError as error:
             logger.error("step %d: refused: %s", plan.step_id, error)
             return StepError(step_id=plan.step_id, message=f"refused: {error}")
@@ -100,12 +106,18 @@ class Agent:
             self._broken = error if isinstance(error, RunnerBroken) else None
             return StepError(step_id=plan.step_id, message=f"{type(error).__name__}: {error}")
 
-    def _step(self, plan: StepPlan, arrived: float) -> StepOutput:
-        batch, sampling = read_plan(plan, self._shapes)
+    def _step(self, plan: StepPlan, batch: StepBatch, sampling: StepSampling, taken_up: float) -> StepOutput:
         for reset in plan.resets:
             self._sampler.reset(reset)
         if not self._sampler.holds(sampling.seats):
             raise PlanError("seats: one of a sampled row holds no request")
+        if sampling.latest_places.size:
+            latest = self._sampler.latest(sampling.latest_seats)
+            if latest.min() < 0:
+                raise PlanError("token_ids: a row's latest token is asked for, and its seat has got none")
+            batch.token_ids[sampling.latest_places] = latest
+        if sampling.block_copies.size:
+            self._runner.copy_blocks(sampling.block_copies)
         started = time.perf_counter()
         logits = self._runner.run(batch)
         device_seconds = time.perf_counter() - started
@@ -126,7 +138,7 @@ class Agent:
             prompt_top_ids=pack_ints(prompt_top_ids),
             prompt_top_logprobs=pack_floats(prompt_top_values),
             device_seconds=device_seconds,
-            step_seconds=time.perf_counter() - arrived,
+            step_seconds=time.perf_counter() - taken_up,
         )
 
 

@@ -74,6 +74,10 @@ class ArithmeticModel:
         self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)
 
+    def copy_blocks(self, copies: Ints) -> None:
+        """Copy the entries of blocks, from and to ``[C, 2]``."""
+        self._cache[copies[:, 1]] = self._cache[copies[:, 0]]
+
     def run(self, batch: StepBatch) -> Logits:
         """The next token of the rule is clearly the best, the others follow in a fixed order."""
         end = time.monotonic() + self._step_seconds

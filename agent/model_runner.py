@@ -81,6 +81,12 @@ class ModelRunner:
         self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
         self._prove_sharing()
 
+    def copy_blocks(self, copies: Ints) -> None:
+        """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``."""
+        for cache in (self._key_cache, self._value_cache):
+            by_block = cache.reshape(self.manifest.num_layers, self.num_blocks, *cache.shape[1:])
+            by_block[:, copies[:, 1]] = by_block[:, copies[:, 0]]
+
     def run(self, batch: StepBatch) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
 
@@ -121,16 +127,19 @@ class ModelRunner:
             by_slot[:, slots[keep]] = new[:, keep]
 
     def _prove_sharing(self) -> None:
-        """See that the graphs work on one cache: a token decoded after a prefill sees what that wrote.
+        """See that the graphs work on one cache: tokens decoded after a prefill see what that wrote.
 
         Raises:
-            ManifestError: its logits differ from those of the same tokens in one prefill.
+            ManifestError: their logits differ from those of the same tokens in one prefill.
         """
-        size = self.manifest.block_size
-        together = self.run(one_row([1, 2, 3], first=0, block=1, block_size=size)).values
-        self.run(one_row([1, 2], first=0, block=2, block_size=size))
-        apart = self.run(one_row([3], first=2, block=2, block_size=size)).values
-        error = float(np.abs(together - apart).max() / np.abs(together).max())
+        size, vocab = self.manifest.block_size, self.manifest.vocab_size
+        errors = []
+        for tokens in (vocab * np.arange(1, 10) // 10).reshape(3, 3).tolist():
+            together = self.run(one_row(tokens, first=0, block=1, block_size=size)).values
+            self.run(one_row(tokens[:2], first=0, block=2, block_size=size))
+            apart = self.run(one_row(tokens[2:], first=2, block=2, block_size=size)).values
+            errors.append(float(np.abs(together - apart).max() / np.abs(together).max()))
+        error = float(np.median(errors))  # tokens with outliers in them round to 0.1 and more; a lost cache costs 0.4
         rounded = 0.0 if self.manifest.weights == "float32" else ROUNDED_TOLERANCE
         if not error <= max(LOGIT_TOLERANCE[self.cache_dtype], rounded):
             raise ManifestError(

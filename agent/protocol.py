@@ -16,8 +16,8 @@ bytes of little-endian ``int32`` or ``float32`` numbers; ``ints`` and ``floats``
 
 The server's first frame is ``Attach``, which proves that it knows the secret and takes the agent over from an earlier
 connection; the agent forgets what that one left in its seats and answers with ``Hello``. From then on it answers every
-``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order. ``Replaced`` is the last frame to a server whose agent
-another one has taken.
+``StepPlan`` with a ``StepOutput`` or a ``StepError``, in order; the next plan may be sent before that. ``Replaced`` is
+the last frame to a server whose agent another one has taken.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from numpy.typing import NDArray
 
 from config.manifest import Capabilities
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"MSLS"
 GREETING = struct.Struct("<4sHxx16s")
 HEADER = struct.Struct("<I16s")
 MAX_PAYLOAD = 256 << 20  # bytes; prompt log-probabilities are the largest messages
+LATEST_TOKEN = -1  # in a plan's token ids: the token that the row's seat has got last, whichever that is
 MAX_FIRST_PAYLOAD = 64 << 10  # until the peer has proved that it knows the secret
 
 Ints = NDArray[np.int32]
@@ -79,8 +80,9 @@ class SeatReset(msgspec.Struct, frozen=True, kw_only=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """Everything an agent needs for one forward pass over R rows with T new tokens.
 
-    A row is one request's share of the step. Block 0 is the null block: anything may be written to it, and what a row
-    reads from it means nothing. ``logits_indices`` holds the last token of every sampled row, in the order of
+    A row is one request's share of the step. Its last token may be ``LATEST_TOKEN``: the plan was made while the step
+    before, which chooses that token, was running. Block 0 is the null block: anything may be written to it, and what a
+    row reads from it means nothing. ``logits_indices`` holds the last token of every sampled row, in the order of
     ``sampled_rows``, and then P positions whose successor is known (``prompt_targets``) and whose log-probability is
     wanted.
     """
@@ -98,6 +100,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     prompt_targets: bytes = b""  # int32 [P], the token that follows each of those positions
     prompt_top_logprobs: int = 0  # this many best tokens at each of them
     resets: tuple[SeatReset, ...] = ()  # applied before the step
+    block_copies: bytes = b""  # int32 [C, 2], from and to: blocks whose keys and values are copied before the step
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output"):

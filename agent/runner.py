@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agent.logits import Logits
+from agent.protocol import Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest
 from config.serving_config import ModelConfig
@@ -21,6 +22,10 @@ class Runner(Protocol):
     manifest: Manifest
     num_blocks: int  # of the cache, with the null block
     cache_dtype: str
+
+    def copy_blocks(self, copies: Ints) -> None:
+        """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``; no block is copied from and to."""
+        ...
 
     def run(self, batch: StepBatch) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.

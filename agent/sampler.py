@@ -28,6 +28,7 @@ class Sampler:
         self._counts: list[TokenCounts | None] = [None] * max_num_seqs  # of seats with penalties
         self._end_tokens = [np.zeros(0, np.int64)] * max_num_seqs
         self._taken = np.zeros(max_num_seqs, bool)
+        self._latest = np.full(max_num_seqs, -1, np.int32)  # -1: no token was sampled since the reset
         self._penalized = np.zeros(max_num_seqs, bool)
         self._penalties = np.zeros(max_num_seqs, PENALTIES)
         self._min_new_tokens = np.zeros(max_num_seqs, np.int64)
@@ -43,12 +44,18 @@ class Sampler:
         """Whether all these seats are taken."""
         return bool(self._taken[seats].all())
 
+    def latest(self, seats: Ints) -> Ints:
+        """The tokens that these seats have got last, ``[S]``; negative where that is none since the seat was taken."""
+        latest: Ints = self._latest[seats]
+        return latest
+
     def reset(self, reset: SeatReset) -> None:
         """A request takes a seat."""
         seat, params, output_ids = reset.seat, reset.params, ints(reset.output_ids)
         penalized = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
         self._counts[seat] = TokenCounts(ints(reset.prompt_ids), output_ids) if penalized else None
         self._taken[seat] = True
+        self._latest[seat] = -1
         self._penalized[seat] = penalized
         self._penalties[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._end_tokens[seat] = np.array(params.end_token_ids, np.int64)
@@ -131,6 +138,7 @@ class Sampler:
 
     def _append(self, tokens: NDArray[np.int64], seats: Ints) -> None:
         self._settings["number"][seats] += 1
+        self._latest[seats] = tokens
         for i in np.flatnonzero(self._penalized[seats]):
             if counts := self._counts[seats[i]]:
                 counts.add(int(tokens[i]))

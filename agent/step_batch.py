@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.protocol import Ints, SeatReset, StepPlan, ints
+from agent.protocol import LATEST_TOKEN, Ints, SeatReset, StepPlan, ints
 
 
 class PlanError(ValueError):
@@ -47,8 +47,14 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSampling:
-    """What is done with the logits of a step: the first S are sampled, the other P have known successors."""
+    """What is done before a step and after it.
 
+    Of its logits, the first S are sampled, the other P have known successors.
+    """
+
+    latest_places: Ints  # [K], indices into token_ids, which get the latest tokens
+    latest_seats: Ints  # [K], of these seats
+    block_copies: Ints  # [C, 2], from and to
     seats: Ints  # [S]
     prompt_targets: Ints  # [P]
     prompt_top_logprobs: int
@@ -63,8 +69,12 @@ def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampli
     query_lens, tables = _numbers("query_lens", plan.query_lens), _numbers("block_tables", plan.block_tables)
     rows = query_lens.size
     _require(rows > 0 and tables.size % rows == 0, f"block_tables: {tables.size} numbers do not fit {rows} rows")
+    token_ids = _numbers("token_ids", plan.token_ids)
+    latest_places = np.flatnonzero(token_ids == LATEST_TOKEN).astype(np.int32)
+    if latest_places.size:
+        token_ids = np.where(token_ids == LATEST_TOKEN, 0, token_ids)  # takes the tokens when they are there
     batch = StepBatch(
-        token_ids=_numbers("token_ids", plan.token_ids),
+        token_ids=token_ids,
         positions=_numbers("positions", plan.positions),
         slot_mapping=_numbers("slot_mapping", plan.slot_mapping),
         block_tables=tables.reshape(rows, -1),
@@ -74,7 +84,10 @@ def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampli
     )
     seats, sampled_rows = _numbers("seats", plan.seats), _numbers("sampled_rows", plan.sampled_rows)
     targets = _numbers("prompt_targets", plan.prompt_targets)
+    copies = _numbers("block_copies", plan.block_copies)
     _check_batch(batch, shapes)
+    _require(copies.size % 2 == 0, "block_copies: not pairs")
+    _check_range("block_copies", copies, 1, shapes.num_blocks)
     _require(seats.size == rows, "seats: not one for each row")
     _check_range("seats", seats, 0, shapes.max_num_seqs)
     _require(_all_different(seats), "seats: two rows share one")
@@ -82,6 +95,8 @@ def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampli
     _require(_all_different(sampled_rows), "sampled_rows: a row is listed twice")
     _require(batch.logits_indices.size == sampled_rows.size + targets.size, "logits_indices: not S + P numbers")
     last = np.cumsum(batch.query_lens) - 1
+    latest_rows = np.searchsorted(last, latest_places)
+    _require(np.array_equal(last[latest_rows], latest_places), "token_ids: a latest token is not the last of its row")
     sampled = batch.logits_indices[: sampled_rows.size]
     _require(np.array_equal(sampled, last[sampled_rows]), "logits_indices: not the last tokens of the sampled rows")
     _check_range("prompt_targets", targets, 0, shapes.vocab_size)
@@ -89,7 +104,12 @@ def read_plan(plan: StepPlan, shapes: StepShapes) -> tuple[StepBatch, StepSampli
     for reset in plan.resets:
         _check_reset(reset, shapes)
     sampling = StepSampling(
-        seats=seats[sampled_rows], prompt_targets=targets, prompt_top_logprobs=plan.prompt_top_logprobs
+        latest_places=latest_places,
+        latest_seats=seats[latest_rows],
+        block_copies=copies.reshape(-1, 2),
+        seats=seats[sampled_rows],
+        prompt_targets=targets,
+        prompt_top_logprobs=plan.prompt_top_logprobs,
     )
     return batch, sampling
 

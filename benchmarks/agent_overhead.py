@@ -26,6 +26,7 @@ from agent.protocol import (
     HEADER,
     Attach,
     Channel,
+    Ints,
     Message,
     SamplingParams,
     SeatReset,
@@ -68,6 +69,9 @@ class PreparedModel:
         numbers = np.random.default_rng(0)
         logits = [np.stack([numbers.permutation(by_rank) for _ in range(rows)]) for _ in range(4)]
         self._logits = cycle([Logits.of(values) for values in logits])  # more than one: none stays in a small cache
+
+    def copy_blocks(self, copies: Ints) -> None:
+        raise NotImplementedError("no plan of this benchmark copies blocks")
 
     def run(self, batch: StepBatch) -> Logits:
         return next(self._logits)[: batch.logits_indices.size]

@@ -24,6 +24,7 @@ CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
 
 # A prompt template names one of these, or spells itself out with "{prompt}" in it.
 PROMPT_TEMPLATES = {
@@ -52,6 +53,11 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_num_seqs: Positive = 64  # rows of one step
     max_num_batched_tokens: Positive = 1024  # tokens of one step
     max_waiting: Positive = 1024  # requests in the queue
+    max_queue_seconds: PositiveSeconds | None = 300.0  # until a request's first step
+    max_seconds: PositiveSeconds | None = None  # from arrival to the answer's end, which is cut then
+    max_prompt_tokens: Positive | None = None  # None: what the context and the cache hold
+    max_new_tokens: Positive | None = None
+    prefix_caching: bool = True  # requests share the cache blocks of a begin that they have in common
     max_body_bytes: Positive = 2 << 20
     max_stop_strings: Positive = 16
     max_top_n_tokens: Positive = 20

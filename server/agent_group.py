@@ -89,7 +89,7 @@ class AgentGroup:
             await asyncio.sleep(RETRY_SECONDS)
 
     def send(self, plan: StepPlan) -> None:
-        """Send a plan to all ranks; ``receive`` its answer before the next one."""
+        """Send a plan to all ranks, which run plans one after another; their answers are received in the same order."""
         for agent in self._agents.values():
             agent.send(plan)
 
@@ -158,8 +158,6 @@ class AgentGroup:
             if (hello.rank, hello.world_size) != (rank, len(hellos)):
                 place = f"rank {hello.rank} of {hello.world_size}"
                 raise AgentsRefused(f"{agent} is {place}; the configuration makes it rank {rank} of {len(hellos)}")
-            if not (hello.capabilities.cached_context and hello.capabilities.mixed_steps):
-                raise AgentsRefused(f"{agent}: its graphs cannot mix prompts, chunks and decoding rows; export again")
             if hello.num_blocks < 2:
                 raise AgentsRefused(f"{agent} has no cache block to give; raise the model's cache_memory")
             if alike(hello) != alike(hellos[0]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.errors import GenerationFailed
+from server.errors import ServingError
 from server.request import FinishReason, Request, TokenLogprob
 from server.request_stream import Increment, Mailbox, StopKind
 from server.stop_checker import StopChecker
@@ -66,7 +66,11 @@ class Answer:
         """End the answer with what there is."""
         self.mailbox.put(Increment(text=self._rest(), finish_reason="abort"))
 
-    def fail(self, error: GenerationFailed) -> None:
+    def cut(self) -> None:
+        """End the answer with what there is, as one that has become too long."""
+        self.mailbox.put(Increment(text=self._rest(), finish_reason="length", stop_kind="length"))
+
+    def fail(self, error: ServingError) -> None:
         """End the answer with an error after what there is."""
         if rest := self._rest():
             self.mailbox.put(Increment(text=rest))

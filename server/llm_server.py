@@ -86,8 +86,12 @@ class LLMServer:
         """Tokens of a prompt and its answer together: what the model was made for, or what its cache holds."""
         if self._hello is None:
             return self.manifest.context_length
-        cache = (self._hello.num_blocks - 1) * self._hello.block_size
-        return min(self.manifest.context_length, cache)
+        hello = self._hello
+        cache = (hello.num_blocks - 1) * hello.block_size
+        if hello.capabilities.cached_context:
+            return min(self.manifest.context_length, cache)
+        step = min(hello.max_num_batched_tokens, self._limits.max_num_batched_tokens)  # takes a prompt whole
+        return min(self.manifest.context_length, cache, step)
 
     async def start(self) -> None:
         """Wait for the agents and begin to serve.
@@ -137,12 +141,12 @@ class LLMServer:
         Raises:
             InvalidRequest, Overloaded, NotServing: as of ``submit``.
         """
-        self._check_room(self._open_loop())
-        self._preparing += 1
+        self._check_room(self._open_loop(), n)
+        self._preparing += n
         try:
             prompt_ids = await self._prompt_ids(prompt, params)
         finally:
-            self._preparing -= 1
+            self._preparing -= n
         loop = self._open_loop()
         params = self._with_end_tokens(params)
         max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
@@ -173,9 +177,9 @@ class LLMServer:
             raise NotServing("the agents do not answer")
         return self._loop
 
-    def _check_room(self, loop: StepLoop) -> None:
+    def _check_room(self, loop: StepLoop, n: int) -> None:
         waiting = loop.num_waiting + self._preparing
-        if waiting >= self._limits.max_waiting:
+        if waiting + n > self._limits.max_waiting:
             raise Overloaded(f"{waiting} requests are waiting already; try again later")
 
     async def _prompt_ids(self, prompt: str | Sequence[int], params: GenerationParams) -> list[int]:
@@ -196,6 +200,8 @@ class LLMServer:
         if len(ids) >= self.max_model_len:
             room = f"the context of {self.max_model_len} leaves no room for an answer"
             raise InvalidRequest(f"has {len(ids)} tokens; {room}", "prompt")
+        if len(ids) > (most := self._limits.max_prompt_tokens or len(ids)):
+            raise InvalidRequest(f"has {len(ids)} tokens; this server takes {most}", "prompt")
         return ids
 
     def _encode(self, text: str, params: GenerationParams) -> list[int]:
@@ -218,14 +224,17 @@ class LLMServer:
     def _max_new_tokens(self, params: GenerationParams, prompt_tokens: int) -> int:
         """The most tokens that the answer may have."""
         left = self.max_model_len - prompt_tokens
+        most = self._limits.max_new_tokens or left
         wanted = params.max_new_tokens
         if wanted is None:
-            wanted = min(left, params.default_max_new_tokens or left)
+            wanted = min(left, most, params.default_max_new_tokens or left)
         if wanted < 1:
             raise InvalidRequest("must be at least 1", "max_new_tokens")
         if wanted > left:
             context = f"the context of {self.max_model_len} tokens leaves after the prompt's {prompt_tokens}"
             raise InvalidRequest(f"{wanted} is more than the {left} that {context}", "max_new_tokens")
+        if wanted > most:
+            raise InvalidRequest(f"{wanted} is more than the {most} that this server gives", "max_new_tokens")
         if params.sampling.min_new_tokens > wanted:
             raise InvalidRequest(f"is more than max_new_tokens, which is {wanted}", "min_new_tokens")
         return wanted

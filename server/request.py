@@ -7,6 +7,9 @@ from enum import Enum
 from typing import Literal
 
 from agent.protocol import SamplingParams as SamplingParams  # for client too, which does not know agents
+from server.prefix_keys import PrefixKeys
+
+PRIORITY_SECONDS = 10.0  # what a step of priority is worth, so that nobody waits for ever
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,6 +35,8 @@ class GenerationParams:
     ignore_eos: bool = False
     add_special_tokens: bool = True  # a text prompt gets the model's begin token if the model has that rule
     truncate: int | None = None  # keep only this many tokens at the prompt's end
+    priority: int = 0  # each step down is served as if it had arrived ``PRIORITY_SECONDS`` earlier
+    cache_salt: str | None = None  # shares cached prefixes only with requests that name the same
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
 
@@ -51,7 +56,9 @@ class TokenLogprob:
 class Request:
     """A request in the scheduler. ``prompt_ids`` and ``output_ids`` only ever grow at the end.
 
-    Tokens whose keys and values are in the cache: ``num_computed_tokens``, from the front of prompt + output.
+    ``num_computed_tokens`` counts, from the front of prompt and answer, the tokens whose keys and values are in the
+    cache when the steps in flight are over. Such a step may also bring tokens of the answer that nobody here knows yet:
+    ``num_pending_tokens``.
     """
 
     request_id: str
@@ -59,17 +66,43 @@ class Request:
     params: GenerationParams
     arrival: float  # seconds, of the caller's clock
     max_new_tokens: int
+    leader: Request | None = None  # another answer to the same prompt, queued before this one
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    order: tuple[float, int] = (0.0, 0)  # who is served first; set by the scheduler, as is the next
+    prefix_keys: PrefixKeys = field(init=False)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_in_flight: int = 0  # steps that it takes part in and that are not over
     num_cached_tokens: int = 0  # of the prompt, found in the cache when the request was first admitted
     num_prompt_logprobs: int = 0  # answered so far, from the prompt's second token on
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     seat: int | None = None
+    num_admissions: int = 0
     num_preemptions: int = 0
+    num_crashes: int = 0  # of agents while it was in flight, since its latest token
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer."""
+        """Known tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that the next step may take, the pending one included; none after the answer's last."""
+        if len(self.output_ids) + self.num_pending_tokens >= self.max_new_tokens:
+            return 0
+        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def prompt_is_computed(self) -> bool:
+        """Whether the steps so far write the whole prompt's keys and values."""
+        return self.status is Status.RUNNING and self.num_computed_tokens >= len(self.prompt_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The known tokens of prompt and answer from ``start`` to ``end``, without copying the rest."""
+        split = len(self.prompt_ids)
+        if start >= split:
+            return self.output_ids[start - split : end - split]
+        return self.prompt_ids[start:end] if end <= split else self.prompt_ids[start:] + self.output_ids[: end - split]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from server.errors import GenerationFailed
+from server.errors import ServingError
 from server.request import FinishReason, Request, TokenLogprob
 
 StopKind = Literal["eos", "stop_token", "stop_string", "length"]
@@ -45,14 +45,14 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._increments: list[Increment] = []  # at most the answer's tokens
-        self._error: GenerationFailed | None = None
+        self._error: ServingError | None = None
         self._filled = asyncio.Event()
 
     def put(self, increment: Increment) -> None:
         self._increments.append(increment)
         self._filled.set()
 
-    def fail(self, error: GenerationFailed) -> None:
+    def fail(self, error: ServingError) -> None:
         """The answer ends with an error, after what is waiting here."""
         self._error = error
         self._filled.set()
@@ -61,7 +61,7 @@ class Mailbox:
         """Wait for something and take all there is.
 
         Raises:
-            GenerationFailed: nothing is left, and the answer could not be finished.
+            ServingError: nothing is left, and the answer could not be finished.
         """
         await self._filled.wait()
         if self._error and not self._increments:
@@ -90,9 +90,9 @@ class RequestStream:
         return self._request.request_id
 
     @property
-    def prompt_ids(self) -> Sequence[int]:
+    def prompt_ids(self) -> tuple[int, ...]:
         """The prompt's tokens, as the model gets them."""
-        return self._request.prompt_ids
+        return tuple(self._request.prompt_ids)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -106,13 +106,13 @@ class RequestStream:
         """The next part of the answer; the one with a finish reason is the last.
 
         Raises:
-            GenerationFailed: the answer could not be finished.
+            ServingError: the answer could not be finished.
         """
         if self._over:
             raise StopAsyncIteration
         try:
             increment = await self._mailbox.take()
-        except GenerationFailed:
+        except ServingError:
             self._over = True
             raise
         self._over = increment.finish_reason is not None
@@ -122,7 +122,7 @@ class RequestStream:
         """The rest of the answer as one increment: all of it, if nothing was read before.
 
         Raises:
-            GenerationFailed: the answer could not be finished.
+            ServingError: the answer could not be finished.
         """
         return join([increment async for increment in self])
 

@@ -1,21 +1,30 @@
-"""The loop that keeps one model's agents busy: schedule, send, pass on the last step's tokens, take the answer over."""
+"""The loop that keeps one model's agents busy.
+
+Two steps are in flight: while the agents run one, the next is planned and sent, so they never wait for this process. In
+the meantime the tokens of the step before go to the clients.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import secrets
 import time
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from agent.protocol import Hello
+from agent.protocol import Hello, StepPlan
 from config.serving_config import LimitsConfig
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, AgentsTaken, StepFailed, alike
 from server.answer import Answer
 from server.block_manager import BlockManager
-from server.errors import GenerationFailed
+from server.errors import GenerationFailed, Overloaded
 from server.metrics import ModelMetrics
 from server.request import FinishReason, Request
-from server.scheduler import Scheduler, Step
+from server.scheduler import Scheduler
+from server.step import Step
 from server.step_plan import make_plan, make_probe
 from server.step_result import StepResult
 
@@ -27,17 +36,26 @@ TAKEN_SECONDS = 30.0  # before agents are taken back from another server, or the
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A step that the agents have, or are about to get."""
+
+    step: Step
+    plan: StepPlan
+
+
 class StepLoop:
     """Runs the requests of one model. All methods but ``run`` and ``drained`` return at once, on one event loop."""
 
     def __init__(self, agents: AgentGroup, hello: Hello, limits: LimitsConfig, metrics: ModelMetrics) -> None:
-        self.batch_size = 0  # rows of the step in flight
         self._agents = agents
         self._hello = hello
         self._limits = limits
         self._metrics = metrics
         self._scheduler = self._new_scheduler()
         self._answers: dict[Request, Answer] = {}
+        self._timers: dict[Request, list[asyncio.TimerHandle]] = {}
+        self._sent: deque[Sent] = deque()  # in flight, oldest first
         self._undelivered: StepResult | None = None
         self._work = asyncio.Event()
         self._empty = asyncio.Event()
@@ -46,14 +64,20 @@ class StepLoop:
         self._broken = False
 
     @property
+    def batch_size(self) -> int:
+        """Rows of the step that the agents run."""
+        return len(self._sent[0].step.rows) if self._sent else 0
+
+    @property
     def ready(self) -> bool:
         """Whether every agent is connected and has answered lately."""
-        return self._agents.connected and not self.given_up
+        lately = time.monotonic() - self._last_answer < READY_SECONDS
+        return self._agents.connected and lately and not self.given_up
 
     @property
     def given_up(self) -> bool:
-        """Whether new requests are better refused: the agents are away for longer than a restart, or ``run`` failed."""
-        return self._broken or time.monotonic() - self._last_answer >= READY_SECONDS
+        """Whether requests have nothing to wait for, since ``run`` has failed."""
+        return self._broken
 
     @property
     def num_waiting(self) -> int:
@@ -69,11 +93,16 @@ class StepLoop:
         return self._scheduler.blocks.num_used / self._scheduler.blocks.num_usable
 
     def add(self, answer: Answer) -> None:
-        """Queue the request of ``answer``."""
+        """Queue the request of ``answer``, for as long as the limits allow."""
         self._answers[answer.request] = answer
         self._empty.clear()
         self._scheduler.add(answer.request)
         self._metrics.prompt_tokens.inc(len(answer.request.prompt_ids))
+        self._timers[answer.request] = [
+            asyncio.get_running_loop().call_at(answer.request.arrival + seconds, late, answer)
+            for seconds, late in ((self._limits.max_queue_seconds, self._tire), (self._limits.max_seconds, self._cut))
+            if seconds is not None
+        ]
         self._work.set()
 
     def abort(self, request: Request) -> None:
@@ -86,6 +115,17 @@ class StepLoop:
         """End all requests."""
         for request in list(self._answers):
             self.abort(request)
+
+    def _tire(self, answer: Answer) -> None:
+        """A request has waited too long for its turn."""
+        if not answer.request.num_admissions:
+            self._end(answer, "error")
+            answer.fail(Overloaded(f"no turn came within {self._limits.max_queue_seconds:g} s; try again later"))
+
+    def _cut(self, answer: Answer) -> None:
+        """A request has taken too long: it ends with what there is."""
+        self._end(answer, "length")
+        answer.cut()
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no request is left, for ``seconds`` at most; whether that was enough."""
@@ -100,53 +140,63 @@ class StepLoop:
         except Exception:
             _log.exception("no more steps are run; restart the app")
             self._broken = True
-            self._fail_all()
+            self._end_all()
             await self._agents.close()
 
     async def _run_steps(self) -> None:
         while True:
-            step: Step | None = None
             try:
                 if not self._agents.connected:
                     await self._reconnect()
-                step = self._scheduler.schedule()
-                await (self._run_step(step) if step else self._idle())
+                self._send_steps()
+                await (self._finish_step() if self._sent else self._idle())
             except AgentsTaken as error:
-                self.batch_size = 0
+                self._requeue(crashed=False)
                 _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
                 await asyncio.sleep(TAKEN_SECONDS)
             except AgentsLost as error:
+                self._requeue(crashed=True)
                 _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
             except StepFailed as error:
                 _log.error("%s", error)
-                self._fail(step)
+                await self._retry()
             except Exception:
                 # The connection may be between two messages, so a new one is made.
-                _log.exception("step %s raised", step.step_id if step else "planning")
-                self._fail(step)
+                _log.exception("a step raised")
                 await self._agents.close()
+                self._recover()
 
-    async def _run_step(self, step: Step) -> None:
-        """One step; what the step before brought goes to the clients while the agents work."""
+    def _send_steps(self) -> None:
+        """Plan and send as many steps as may be in flight."""
         started = time.monotonic()
-        plan = make_plan(step, self._hello.block_size)
-        self._agents.send(plan)
-        self._metrics.plan.observe(time.monotonic() - started)
+        while step := self._scheduler.schedule():
+            sent = Sent(step, make_plan(step, self._hello.block_size))
+            self._sent.append(sent)
+            self._agents.send(sent.plan)
+            now = time.monotonic()
+            self._metrics.plan.observe(now - started)
+            self._count(step, now)
+            started = now
+
+    def _count(self, step: Step, now: float) -> None:
         self._metrics.rows.observe(len(step.rows))
         self._metrics.preemptions.inc(step.num_preempted)
         for request in step.admitted:
-            if not request.num_preemptions:
-                self._metrics.queue_time.observe(started - request.arrival)
-        self.batch_size = len(step.rows)
+            if request.num_admissions == 1:
+                self._metrics.queue_time.observe(now - request.arrival)
+
+    async def _finish_step(self) -> None:
+        """Wait for the oldest step; what the one before it brought goes to the clients meanwhile."""
         self._deliver()
-        output = await self._agents.receive(plan)
+        sent = self._sent[0]
+        output = await self._agents.receive(sent.plan)
         self._last_answer = time.monotonic()
         self._metrics.agent.observe(output.step_seconds)
         self._metrics.device.observe(output.device_seconds)
-        result = StepResult(step, output)
-        self._scheduler.update(step, result.token_ids)
+        result = StepResult(sent.step, output)
+        self._scheduler.update(sent.step, result.token_ids)
+        self._sent.popleft()
         self._undelivered = result
-        self.batch_size = 0
 
     async def _idle(self) -> None:
         """Nothing is scheduled: pass on the last tokens and wait for work, with an eye on the agents."""
@@ -200,6 +250,8 @@ class StepLoop:
     def _forget(self, answer: Answer, reason: FinishReason) -> None:
         request = answer.request
         del self._answers[request]
+        for timer in self._timers.pop(request):
+            timer.cancel()
         self._metrics.finished[reason].inc()
         self._metrics.whole_request.observe(time.monotonic() - request.arrival)
         tokens = f"{len(request.prompt_ids)} + {len(request.output_ids)} tokens"
@@ -207,17 +259,44 @@ class StepLoop:
         if not self._answers:
             self._empty.set()
 
-    def _fail(self, step: Step | None) -> None:
-        """End the requests of a step that went wrong; without a step, the scheduler itself did, and all of them end."""
-        if step is None:
-            self._scheduler = self._new_scheduler()
-            self._fail_all()
-        else:
-            late = self._undelivered.requests if self._undelivered else ()
-            self._scheduler.fail(step)
-            self._fail_answers([*(row.request for row in step.rows), *late])
+    async def _retry(self) -> None:
+        """The agents could not run the oldest step: find out whose fault that is, and let the others go on."""
+        failed, *later = self._sent
+        for sent in later:
+            with contextlib.suppress(StepFailed):
+                await self._agents.receive(sent.plan)  # it was planned on tokens that do not exist
+        self._sent.clear()
+        self._fail_answers(self._scheduler.fail(failed.step))
+
+    def _requeue(self, *, crashed: bool) -> None:
+        """The agents have gone, and their caches with them."""
+        self._deliver()
+        self._sent.clear()
+        self._fail_answers(self._scheduler.requeue(crashed=crashed))
+
+    def _recover(self) -> None:
+        """Something of ours went wrong: treat it as a crash, whose culprit is found in the end."""
+        try:
+            if self._scheduler.num_in_flight:
+                self._requeue(crashed=True)
+                self._scheduler.check()
+                return
+        except Exception:
+            _log.exception("the scheduler is in no state to go on")
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """The scheduler cannot be trusted any more: all its requests end."""
+        self._end_all()
+        self._sent.clear()
+        self._scheduler = self._new_scheduler()
+
+    def _end_all(self) -> None:
+        """End all requests with an error, without asking the scheduler."""
         self._undelivered = None
-        self.batch_size = 0
+        for request, answer in list(self._answers.items()):
+            self._forget(answer, "error")
+            answer.fail(_failure(request))
 
     def _fail_answers(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -225,17 +304,9 @@ class StepLoop:
                 self._end(answer, "error")
                 answer.fail(_failure(request))
 
-    def _fail_all(self) -> None:
-        """End all requests without their scheduler, which cannot be trusted any more."""
-        for request, answer in list(self._answers.items()):
-            self._forget(answer, "error")
-            answer.fail(_failure(request))
-
     async def _reconnect(self) -> None:
         """Wait for the agents to come back; what was running is recomputed then, to the same tokens."""
         self._metrics.connections_lost.inc()
-        self.batch_size = 0
-        self._scheduler.requeue()
         while True:
             try:
                 hello = await self._agents.connect()
@@ -252,10 +323,15 @@ class StepLoop:
                 return
 
     def _new_scheduler(self) -> Scheduler:
+        hello, limits = self._hello, self._limits
         return Scheduler(
-            BlockManager(self._hello.num_blocks, self._hello.block_size),
-            max_num_seqs=min(self._hello.max_num_seqs, self._limits.max_num_seqs),
-            max_num_batched_tokens=min(self._hello.max_num_batched_tokens, self._limits.max_num_batched_tokens),
+            BlockManager(hello.num_blocks, hello.block_size),
+            max_num_seqs=min(hello.max_num_seqs, limits.max_num_seqs),
+            max_num_batched_tokens=min(hello.max_num_batched_tokens, limits.max_num_batched_tokens),
+            salt=secrets.token_bytes(32),
+            prefix_caching=limits.prefix_caching,
+            chunks=hello.capabilities.cached_context,
+            mixed=hello.capabilities.mixed_steps,
         )
 
 

@@ -6,10 +6,10 @@ from itertools import chain
 
 import numpy as np
 
-from agent.protocol import Ints, SamplingParams, SeatReset, StepPlan, pack_ints
+from agent.protocol import LATEST_TOKEN, Ints, SamplingParams, SeatReset, StepPlan, pack_ints
 from server.block_manager import NULL_BLOCK
 from server.request import Request
-from server.scheduler import Row, Step
+from server.step import Row, Step
 
 
 def make_plan(step: Step, block_size: int) -> StepPlan:
@@ -40,6 +40,7 @@ def make_plan(step: Step, block_size: int) -> StepPlan:
             (row.request.params.prompt_top_logprobs for row in rows if row.prompt_logits), default=0
         ),
         resets=tuple(map(_reset, step.admitted)),
+        block_copies=pack_ints(step.block_copies),
     )
 
 
@@ -62,12 +63,9 @@ def make_probe() -> StepPlan:
 
 
 def _new_tokens(row: Row) -> list[int]:
-    """The row's share of prompt + answer, without copying the rest."""
-    prompt, output = row.request.prompt_ids, row.request.output_ids
-    start, end, split = row.start, row.start + row.num_new_tokens, len(prompt)
-    if start >= split:
-        return output[start - split : end - split]
-    return prompt[start:end] if end <= split else prompt[start:] + output[: end - split]
+    """The row's share of prompt and answer; its last token may be one that only the agent knows, or will know."""
+    known = row.request.tokens(row.start, row.start + row.num_new_tokens)
+    return known if len(known) == row.num_new_tokens else [*known, LATEST_TOKEN]
 
 
 def _padded_tables(rows: tuple[Row, ...]) -> Ints:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agent.protocol import StepOutput, floats, ints
 from server.request import Request
-from server.scheduler import Step
+from server.step import Step
 
 Scored = tuple[int, float | None, tuple[tuple[int, float], ...]]  # token id, log-probability, the best of its position
 
@@ -21,11 +21,6 @@ class StepResult:
         self.output = output
         self.token_ids: list[int] = ints(output.token_ids).tolist()  # of the sampled rows, in their order
         self._step = step
-
-    @property
-    def requests(self) -> list[Request]:
-        """All that took part."""
-        return [row.request for row in self._step.rows]
 
     def tokens(self) -> Iterator[tuple[Request, Scored]]:
         """The next token of each sampled row."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.protocol import StepPlan, ints
+from agent.protocol import LATEST_TOKEN, StepPlan, ints
 
 VOCAB_SIZE = 50
 END = 7
@@ -40,9 +40,10 @@ class PlanReader:
 
     def run(self, plan: StepPlan) -> list[int]:
         """The next tokens of the sampled rows."""
-        self._write(plan)
         for reset in plan.resets:
             self.seats[reset.seat] = (ints(reset.prompt_ids).tolist(), ints(reset.output_ids).tolist())
+        self._copy(plan)
+        self._write(plan)
         contexts = self._contexts(plan)
         sampled = ints(plan.sampled_rows).tolist()
         seats = ints(plan.seats).tolist()
@@ -57,11 +58,28 @@ class PlanReader:
             answer.append(token)
         return tokens
 
+    def _copy(self, plan: StepPlan) -> None:
+        pairs = ints(plan.block_copies).reshape(-1, 2).tolist()
+        assert not {old for old, _ in pairs} & {new for _, new in pairs}, "a block is copied from and to"
+        for old, new in pairs:
+            for offset in range(self._block_size):
+                if entry := self._cache.get(old * self._block_size + offset):
+                    self._cache[new * self._block_size + offset] = entry
+
+    def _tokens(self, plan: StepPlan) -> list[int]:
+        """The step's tokens, also those that were not known when it was planned."""
+        tokens = ints(plan.token_ids).tolist()
+        lasts = (ints(plan.query_lens).cumsum() - 1).tolist()
+        for seat, last in zip(ints(plan.seats).tolist(), lasts, strict=True):
+            if tokens[last] == LATEST_TOKEN:
+                tokens[last] = self.seats[seat][1][-1]
+        return tokens
+
     def _write(self, plan: StepPlan) -> None:
         slots, positions = ints(plan.slot_mapping).tolist(), ints(plan.positions).tolist()
         assert len(set(slots)) == len(slots), "two tokens in one slot"
         assert all(self._block_size <= slot < self._num_blocks * self._block_size for slot in slots)
-        for slot, token, position in zip(slots, ints(plan.token_ids).tolist(), positions, strict=True):
+        for slot, token, position in zip(slots, self._tokens(plan), positions, strict=True):
             self._cache[slot] = (token, position)
 
     def _contexts(self, plan: StepPlan) -> list[list[int]]:

@@ -23,6 +23,7 @@ from agent.logits import Logits
 from agent.protocol import (
     GREETING,
     HEADER,
+    LATEST_TOKEN,
     Attach,
     Hello,
     Replaced,
@@ -302,6 +303,35 @@ def test_times_of_a_step() -> None:
     output = agent.answer(make_plan([request.row()], resets=[request.reset()]))
     assert isinstance(output, StepOutput)
     assert 0.1 <= output.device_seconds <= output.step_seconds
+
+
+def test_plans_are_sent_ahead_of_the_tokens_that_they_go_on_from(agent: RunningAgent) -> None:
+    request = prompt("hi")
+    with agent.attach() as client:
+        client.send(make_plan([request.row()], resets=[request.reset()]))
+        for start in range(3, 40):
+            client.send(make_plan([PlanRow(0, [LATEST_TOKEN], start, request.blocks)], step_id=start))
+        for _ in range(38):
+            output = client.receive()
+            assert isinstance(output, StepOutput)
+            request.tokens += ints(output.token_ids).tolist()
+    assert text(request) == answer("hi", len(text(request)))
+
+
+def test_a_token_that_a_seat_has_not_got_is_refused(agent: RunningAgent) -> None:
+    request = prompt("hi")
+    with agent.attach() as client:
+        plan = make_plan([PlanRow(0, [LATEST_TOKEN], 3, request.blocks)], resets=[request.reset()])
+        assert "its seat has got none" in client.refused(plan)
+
+
+def test_blocks_are_copied_before_the_step(agent: RunningAgent) -> None:
+    one, copy = prompt("hi"), prompt("hi", seat=1, blocks=[9, 10])
+    with agent.attach() as client:
+        one.tokens += client.tokens(make_plan([one.row()], resets=[one.reset()]))
+        last = PlanRow(1, copy.tokens[2:], 2, copy.blocks)  # its first two tokens come from the other one's block
+        plan = msgspec.structs.replace(make_plan([last], resets=[copy.reset()]), block_copies=pack_ints([[1, 9]]))
+        assert client.tokens(plan) == one.output
 
 
 class FailingModel(ArithmeticModel):

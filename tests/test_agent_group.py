@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
-from serving_processes import ROOT, Serving, free_ports, standin_deployment
+from serving_processes import Serving, free_ports, standin_deployment
 
 from agent.protocol import StepPlan, pack_ints
-from config.manifest import Capabilities, Manifest, read_manifest, write_manifest
+from config.manifest import Manifest, read_manifest
 from config.serving_config import ModelConfig, ServingConfig, load
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed
 from server.step_plan import make_probe
@@ -173,23 +172,3 @@ def test_a_dead_rank_loses_the_group_and_a_new_one_is_found(deployment: Serving)
         await agents.close()
 
     asyncio.run(main())
-
-
-def test_graphs_that_cannot_mix_are_refused(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(ROOT / "config/standin", model)
-    manifest = msgspec.structs.replace(read_manifest(model), capabilities=Capabilities(mixed_steps=False))
-    write_manifest(model, manifest)
-    deployment = standin_deployment(tmp_path, [{"path": str(model)}])
-
-    async def main() -> None:
-        agents = group(load(deployment.config_path))
-        with pytest.raises(AgentsRefused, match="cannot mix prompts"):
-            await agents.connect()
-        await agents.close()
-
-    try:
-        deployment.start_agents()
-        asyncio.run(main())
-    finally:
-        deployment.stop()

@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "start.py": ["client", "config"],
 }
 # The scheduling core: no clock, no sockets, no event loop, and nothing of ours that has them.
-PURE = ("server/block_manager.py", "server/request.py", "server/scheduler.py", "server/step_plan.py")
+PURE = tuple(
+    f"server/{noun}.py"
+    for noun in ("block_manager", "prefix_keys", "request", "scheduler", "step", "step_plan", "trials")
+)
 PURE_MAY_IMPORT = ["agent.protocol", *(file.removesuffix(".py").replace("/", ".") for file in PURE)]
 # What speaks to a server over HTTP like everybody else, though it lives in the app's package.
 CLIENT = (

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import gc
 import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
-from serving_processes import Serving, standin_deployment
+from serving_processes import ROOT, Serving, standin_deployment
 
 from agent.arithmetic_model import BEGIN, END, answer
 from agent.protocol import SamplingParams
+from config.manifest import Capabilities, read_manifest, write_manifest
 from config.serving_config import load
 from server.errors import GenerationFailed, InvalidRequest, NotServing, Overloaded, ServingError
 from server.llm_server import LLMServer
@@ -124,6 +127,21 @@ def test_preempted_answers_as_undisturbed(tmp_path: Path) -> None:
         run(deployment, main, metrics)
     assert value(metrics, "num_preemptions_total") > 0
     assert value(metrics, "kv_cache_usage_perc") == 0
+
+
+@pytest.mark.parametrize("graphs", [{"mixed_steps": False}, {"cached_context": False}], ids=str)
+def test_graphs_that_can_do_less_answer_as_others(tmp_path: Path, graphs: dict[str, bool]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "config/standin", model)
+    write_manifest(model, msgspec.structs.replace(read_manifest(model), capabilities=Capabilities(**graphs)))
+
+    async def main(server: LLMServer) -> None:
+        assert await read(server, PROMPTS[:8], greedy(60)) == [by_hand(prompt, 60) for prompt in PROMPTS[:8]]
+        with pytest.raises(InvalidRequest, match="context of 256" if "cached_context" in graphs else "context of 8192"):
+            await collect(server, "x" * 8192, greedy(1))
+
+    with agents(tmp_path, path=str(model), limits={"max_num_batched_tokens": 256}) as deployment:
+        run(deployment, main)
 
 
 def test_a_prompt_in_chunks_answers_as_in_one(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ def test_a_good_plan_is_read_as_it_is() -> None:
     ("fields", "problem"),
     [
         ({"token_ids": [5, 6, 7, 9, 8, 7, 100]}, "token_ids: 100 is outside 0 … 99"),
-        ({"token_ids": [5, 6, 7, 9, 8, 7, -1]}, "token_ids: -1"),
+        ({"token_ids": [5, 6, 7, 9, 8, 7, -2]}, "token_ids: -2"),
+        ({"token_ids": [5, -1, 7, 9, 8, 7, 6]}, "token_ids: a latest token is not the last of its row"),
+        ({"block_copies": [1, 2, 3]}, "block_copies: not pairs"),
+        ({"block_copies": [1, 10]}, "block_copies: 10"),
+        ({"block_copies": [0, 2]}, "block_copies: 0"),
         ({"positions": [20, 21, 22, 0, 1, 2, 64]}, "positions: 64"),
         ({"positions": [20]}, "positions: not one for each token"),
         ({"slot_mapping": [36, 37, 38, 48, 49, 50, 160]}, "slot_mapping: 160"),

@@ -91,7 +91,7 @@ class ScriptedAgent:
                 if reply is None:
                     return
                 writer.write(channel.seal(reply))
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):
             return  # the server has gone
         finally:
             writer.close()
@@ -138,22 +138,35 @@ def test_a_step_error_ends_the_request_and_keeps_the_connection(tmp_path: Path) 
     run(tmp_path, agent, main)
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        pytest.param(lambda plan: StepOutput(step_id=plan.step_id, token_ids=b""), id="too few tokens"),
-        pytest.param(lambda plan: StepOutput(step_id=plan.step_id, token_ids=b"abc"), id="not numbers"),
-    ],
-)
-def test_an_answer_that_cannot_be_taken_over_ends_the_request(
+def too_few(plan: StepPlan) -> StepOutput:
+    return StepOutput(step_id=plan.step_id, token_ids=b"")
+
+
+def no_numbers(plan: StepPlan) -> StepOutput:
+    return StepOutput(step_id=plan.step_id, token_ids=b"abc")
+
+
+@pytest.mark.parametrize("reply", [too_few, no_numbers])
+def test_an_answer_that_cannot_be_taken_over_is_asked_for_again(
     tmp_path: Path, reply: Callable[[StepPlan], StepOutput]
 ) -> None:
     agent = ScriptedAgent(replies=[letters, reply])
 
     async def main(server: LLMServer) -> None:
-        await fails(server)
         assert (await generate(server)).text == "aaaaa"
         assert agent.connections == 2, "what else is on that connection is not known"
+
+    run(tmp_path, agent, main)
+
+
+def test_a_request_whose_answers_cannot_be_taken_over_fails_at_the_third(tmp_path: Path) -> None:
+    agent = ScriptedAgent(replies=[letters, *[too_few] * 20])
+
+    async def main(server: LLMServer) -> None:
+        await fails(server)
+        agent.replies.clear()
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 4
 
     run(tmp_path, agent, main)
 
@@ -233,16 +246,17 @@ def test_a_loop_that_ends_ends_its_requests_and_is_not_ready(tmp_path: Path, mon
     run(tmp_path, ScriptedAgent(), main)
 
 
-def test_agents_that_stay_away_are_not_queued_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_queue_while_the_agents_are_away(tmp_path: Path) -> None:
     agent = ScriptedAgent(replies=[letters, lambda plan: None])
 
     async def main(server: LLMServer) -> None:
         first = await server.submit("hi", GenerationParams(max_new_tokens=5))
-        with monkeypatch.context() as patch:
-            patch.setattr("server.step_loop.READY_SECONDS", 0.0)
-            with pytest.raises(NotServing, match="do not answer"):
-                await generate(server)
-        assert (await first.collect()).text == "aaaaa"
+        for _ in range(3000):
+            if not server.ready:
+                break
+            await asyncio.sleep(0.001)
+        second = await server.submit("hi", GenerationParams(max_new_tokens=5))
+        assert [(await stream.collect()).text for stream in (first, second)] == ["aaaaa"] * 2
 
     run(tmp_path, agent, main)
 

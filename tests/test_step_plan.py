@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from agent.protocol import SamplingParams, SeatReset, StepPlan, ints, pack_ints
+from agent.protocol import LATEST_TOKEN, SamplingParams, SeatReset, StepPlan, ints, pack_ints
 from server.request import GenerationParams, Request
-from server.scheduler import Row, Step
+from server.step import Row, Step
 from server.step_plan import make_plan, make_probe
 
 
@@ -46,7 +46,18 @@ def test_a_decoding_row_and_a_chunk_that_crosses_blocks() -> None:
         "sampled_rows": [0],
         "logits_indices": [0],
         "prompt_targets": [],
+        "block_copies": [],
     }
+
+
+def test_a_token_that_is_not_known_yet_is_left_to_the_agent() -> None:
+    known = request([10, 11, 12], [13], [5], seat=3)
+    pending = request([20, 21], [22], [7], seat=1)
+    step = Step(2, (Row(known, 3, 1, True), Row(pending, 3, 1, True)), block_copies=((4, 5), (6, 7)))
+    plan = make_plan(step, block_size=8)
+    assert arrays(plan)["token_ids"] == [13, LATEST_TOKEN]
+    assert arrays(plan)["positions"] == [3, 3]
+    assert arrays(plan)["block_copies"] == [4, 5, 6, 7]
 
 
 def test_a_recomputed_row_runs_from_prompt_into_answer_and_takes_its_seat_again() -> None:

@@ -14,7 +14,7 @@ async def collect_while_connected(stream: RequestStream, request: Request) -> In
 
     Raises:
         ClientDisconnect: the client has left.
-        GenerationFailed: the answer could not be finished.
+        ServingError: the answer could not be finished.
     """
     answer = asyncio.ensure_future(stream.collect())
     departure = asyncio.ensure_future(_departure(request))
