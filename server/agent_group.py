@@ -135,17 +135,15 @@ class AgentGroup:
         if not self._ready:
             raise AgentsLost("there is no connection to the agents")
         ranks = [self._agents[port] for port in self._model.agent_ports]
+        seconds = self._limits.step_deadline(ints(plan.token_ids).size) + PATIENCE_SECONDS
+        deadline = asyncio.get_running_loop().call_later(seconds, self._give_up, plan)
         try:
-            answers = await asyncio.wait_for(
-                asyncio.gather(*(agent.answer() for agent in ranks)),
-                self._limits.step_deadline(len(ints(plan.token_ids))) + PATIENCE_SECONDS,
-            )
-        except asyncio.TimeoutError:
-            await self.close()
-            raise AgentsLost(f"step {plan.step_id} of {self._manifest.name} is overdue") from None
+            answers = await asyncio.gather(*(agent.answer() for agent in ranks))
         except AgentsLost:
             await self.close()
             raise
+        finally:
+            deadline.cancel()
         outputs: list[StepOutput] = []
         for agent, answer in zip(ranks, answers, strict=True):
             if isinstance(answer, StepError):
@@ -155,6 +153,10 @@ class AgentGroup:
                 raise AgentsLost(f"the agent at {agent.address} does not answer the plan that it was sent")
             outputs.append(answer)
         return outputs[0]
+
+    def _give_up(self, plan: StepPlan) -> None:
+        for agent in self._agents.values():
+            agent.give_up(f"step {plan.step_id} is overdue")
 
     async def close(self) -> None:
         """Close all connections; the agents then forget our requests and wait for the next server."""
@@ -256,6 +258,10 @@ class _Agent:
             raise message
         return message
 
+    def give_up(self, reason: str) -> None:
+        """Take the connection for lost: no more is read."""
+        self._reader.set_exception(OSError(reason))
+
     async def _listen(self) -> None:
         """Read messages until the connection is lost."""
         try:
@@ -272,7 +278,7 @@ class _Agent:
     async def _watch(self) -> None:
         """End the connection when nothing comes."""
         await self._silence.too_long()
-        self._reader.set_exception(OSError(f"no sign of life for {SILENCE_SECONDS:g} s"))
+        self.give_up(f"no sign of life for {SILENCE_SECONDS:g} s")
 
     async def _receive(self) -> Message:
         header = await self._read(HEADER.size)

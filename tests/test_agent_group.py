@@ -159,6 +159,36 @@ def test_with_a_wrong_secret_nothing_is_said(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        pytest.param(LimitsConfig(), "no sign of life for 2 s", id="silence"),
+        pytest.param(LimitsConfig(step_seconds=0.1, step_seconds_per_token=0.0), "step 0 is overdue", id="deadline"),
+    ],
+)
+def test_a_rank_that_does_not_answer_is_lost(
+    deployment: Serving, limits: LimitsConfig, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.agent_group.PATIENCE_SECONDS", 0.0)
+
+    async def main() -> None:
+        agents = group(msgspec.structs.replace(load(deployment.config_path), limits=limits))
+        stopped = psutil.Process((await agents.connect()).pid)
+        stopped.suspend()
+        try:
+            agents.send(make_probe())
+            with pytest.raises(AgentsLost, match=reason):
+                await agents.receive(make_probe())
+            assert not agents.alive
+        finally:
+            stopped.resume()
+        await agents.connect()
+        assert agents.alive
+        await agents.close()
+
+    asyncio.run(main())
+
+
 def test_a_dead_rank_loses_the_group_and_a_new_one_is_found(deployment: Serving) -> None:
     async def main() -> None:
         agents = group(load(deployment.config_path))
