@@ -21,7 +21,7 @@ from config.serving_config import ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds; one more death in a row, and the model is given up
-STABLE_SECONDS = 60.0  # after this long, earlier deaths are forgotten
+STABLE_SECONDS = 10.0  # of service, and a restart has not failed, whatever comes then
 
 logger = logging.getLogger(__name__)
 

@@ -107,7 +107,7 @@ class Soak:
                 self.outcomes["complete, text identical" if same else "text differs"] += 1
             except Exception as error:  # whatever it is, the client has no answer
                 self.outcomes["lost"] += 1
-                sys.stderr.write(f"lost: {error!r}\n")
+                sys.stderr.write(f"lost: {str(error)[-200:]}\n")
 
 
 def main() -> int:
@@ -124,6 +124,9 @@ def main() -> int:
             eventually(lambda: faulty.gauge("num_requests_running") == 0)
             report = soak.report(arguments.minutes)
             leaked = faulty.gauge("kv_cache_usage_perc")
+        except BaseException:
+            sys.stderr.write(f"{faulty.agents.output[-4000:]}\n{faulty.serving.log[-8000:]}\n")
+            raise
         finally:
             faulty.stop()
     sys.stdout.write(f"{report}\n")
