@@ -76,7 +76,7 @@ class Sampler:
         self._latest[seat] = -1
         self._penalized[seat] = penalized
         self._penalties[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self._biases[seat] = np.array(params.logit_bias, BIAS)
+        self._biases[seat] = np.array(list(params.logit_bias), BIAS)
         self._biased[seat] = bool(params.logit_bias)
         self._end_tokens[seat] = np.array(params.end_token_ids, np.int64)
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,8 +115,14 @@ class Deployment:
         self.metrics = Metrics()
         self.models = tuple(ServedModel(model, config, self.metrics) for model in config.models)
         self._by_name = {name: model for model in self.models for name in model.config.names}
+        self.created = int(time.time())  # seconds since 1970
         self.draining = False
         self._starting: asyncio.Future[list[None]] | None = None
+
+    @property
+    def first_name(self) -> str:
+        """The served name that is meant where a request gives none."""
+        return self.models[0].config.names[0]
 
     def model(self, name: str) -> ServedModel:
         """The model that answers to ``name``.

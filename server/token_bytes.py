@@ -89,7 +89,8 @@ class TokenBytes:
 class IncrementalDecoder:
     """Text from tokens as they come: the pieces joined are the text of all tokens decoded at once.
 
-    A piece ends between two characters. Special tokens leave no trace, unless ``show_special``. Bytes that cannot become a character are U+FFFD.
+    A piece ends between two characters. Special tokens leave no trace, unless ``show_special``. Bytes that cannot
+    become a character are U+FFFD.
     """
 
     def __init__(self, token_bytes: TokenBytes, *, show_special: bool = False) -> None:

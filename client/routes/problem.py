@@ -61,9 +61,7 @@ def _openai(problem: Problem, text: str, name: str | None) -> OpenAIErrorBody:
     kind = "rate_limit_exceeded" if problem.status == 429 else "invalid_request_error"
     kind = "server_error" if problem.status >= 500 else kind
     code = problem.code or OPENAI_CODES.get(problem.status)
-    return OpenAIErrorBody(
-        error=OpenAIError(message=text, type=kind, param=name, code=code)
-    )
+    return OpenAIErrorBody(error=OpenAIError(message=text, type=kind, param=name, code=code))
 
 
 def _tgi(problem: Problem, text: str, name: str | None) -> TgiErrorBody:
