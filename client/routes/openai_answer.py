@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -103,12 +104,13 @@ class Accepted:
         usage = {"usage": None} if self.body.include_usage else {}
         tokens = 0
         try:
-            async for index, part in _parts(self.streams):
-                tokens += len(part.tokens)
-                chunks = [{**head, "choices": [entry], **usage} for entry in self.choices[index].chunks(part)]
-                if chunks:
-                    yield b"".join([_event(chunk) for chunk in chunks])
-                check_complete(part)
+            async with aclosing(_parts(self.streams)) as parts:
+                async for index, part in parts:
+                    tokens += len(part.tokens)
+                    chunks = [{**head, "choices": [entry], **usage} for entry in self.choices[index].chunks(part)]
+                    if chunks:
+                        yield b"".join([_event(chunk) for chunk in chunks])
+                    check_complete(part)
             if self.body.include_usage:
                 yield _event({**head, "choices": [], "usage": self._usage(tokens)})
             yield b"data: [DONE]\n\n"
@@ -121,11 +123,16 @@ class Accepted:
                 stream.abort()
 
 
+def finish_reason(part: Increment) -> str | None:
+    """Why the answer ends with this part; of one that was cut short, an error tells."""
+    return None if part.finish_reason == "abort" else part.finish_reason
+
+
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % encode(content)
 
 
-async def _parts(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, Increment]]:
+async def _parts(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Increment], None]:
     """The parts of all answers as they come, each with its answer's number.
 
     Raises:

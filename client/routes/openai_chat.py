@@ -10,7 +10,7 @@ from starlette.responses import Response
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
-from client.routes.openai_answer import Accepted, Call, Json
+from client.routes.openai_answer import Accepted, Call, Json, finish_reason
 from client.routes.openai_logprobs import TokensOfText, chat_logprobs
 from client.routes.problem import CHAT_PATH, OPENAI
 from client.routes.served import Served
@@ -37,7 +37,7 @@ class ChatAnswer:
             "index": self._index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
             "logprobs": self._logprobs(answer),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": finish_reason(answer),
         }
 
     def chunks(self, part: Increment) -> list[dict[str, Any]]:
@@ -48,8 +48,8 @@ class ChatAnswer:
         logprobs = self._logprobs(part)
         if part.text or (logprobs and logprobs["content"]):
             entries.append(self._entry({"content": part.text}, logprobs))
-        if part.finish_reason in ("stop", "length"):
-            entries.append(self._entry({}, finish_reason=part.finish_reason))
+        if reason := finish_reason(part):
+            entries.append(self._entry({}, finish_reason=reason))
         return entries
 
     def _entry(

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
-from client.routes.openai_answer import Accepted, Call, Json
+from client.routes.openai_answer import Accepted, Call, Json, finish_reason
 from client.routes.openai_logprobs import TokensOfText, completion_logprobs, joined, prompt_tokens
 from client.routes.problem import OPENAI
 from client.routes.served import Served
@@ -49,7 +49,7 @@ class CompletionText:
             "index": self._index,
             "text": before + ("" if self._body.only_prompt else part.text),
             "logprobs": self._logprobs(part),
-            "finish_reason": part.finish_reason,
+            "finish_reason": finish_reason(part),
         }
 
     def _logprobs(self, part: Increment) -> dict[str, Any] | None:
