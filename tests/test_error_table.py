@@ -126,7 +126,7 @@ OPENAI: list[tuple[str, dict[str, Any], str]] = [
     (
         "/v1/embeddings",
         {},
-        "this server has no …; it has /v1/chat/completions, /v1/completions and /v1/models",
+        "this server has no /v1/…; it has /v1/chat/completions, /v1/completions and /v1/models",
     ),
 ]
 ELSEWHERE = {  # produced by a test of its own below
