@@ -242,6 +242,8 @@ def test_limits_of_the_engine(tmp_path: Path) -> None:
         running = threads.submit(client.post, LEGACY, json=body)
         eventually(lambda: b'"data": 1}' in client.get("/serving/get_bs").content)
         check(client.post(LEGACY, json=body), "no turn came within … s; try again later")
+        streamed = client.post(COMPLETIONS, json={**HI, "stream": True})
+        assert re.fullmatch(rb'data: \{"error":\{"message":"no turn came .*\}\}\n\n', streamed.content)
         assert running.result().status_code == 200
 
 
