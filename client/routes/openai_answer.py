@@ -22,6 +22,7 @@ from client.schemas.openai_generation import GenerationBody
 from server.errors import ServingError
 from server.request_stream import Increment, RequestStream
 
+DONE = "[DONE]"  # the data of a stream's last event
 PING_SECONDS = 15  # a comment, so that nobody in between takes a queued request for dead
 
 encode = msgspec.json.Encoder().encode
@@ -113,7 +114,7 @@ class Accepted:
                     check_complete(part)
             if self.body.include_usage:
                 yield _event({**head, "choices": [], "usage": self._usage(tokens)})
-            yield b"data: [DONE]\n\n"
+            yield b"data: %b\n\n" % DONE.encode()
         except ServingError as error:
             call = self.call
             logger.error("%s: %s", call.request_id, error)

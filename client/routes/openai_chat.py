@@ -10,7 +10,7 @@ from starlette.responses import Response
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
-from client.routes.openai_answer import Accepted, Call, Json, finish_reason
+from client.routes.openai_answer import DONE, Accepted, Call, Json, finish_reason
 from client.routes.openai_logprobs import TokensOfText, chat_logprobs
 from client.routes.problem import CHAT_PATH, OPENAI
 from client.routes.served import Served
@@ -64,7 +64,7 @@ class ChatAnswer:
 @router.post(
     CHAT_PATH,
     response_class=Json,
-    responses={200: {"model": ChatCompletion, "content": event_stream(ChatChunk)}, **ERRORS},
+    responses={200: {"model": ChatCompletion, "content": event_stream(ChatChunk, end=DONE)}, **ERRORS},
 )
 async def chat_completions(request: Request, deployment: Served, body: ChatRequest) -> Response:
     """The next message of a conversation: at once, or as a stream if `stream` is true."""

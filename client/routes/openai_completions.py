@@ -10,7 +10,7 @@ from starlette.responses import Response
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
-from client.routes.openai_answer import Accepted, Call, Json, finish_reason
+from client.routes.openai_answer import DONE, Accepted, Call, Json, finish_reason
 from client.routes.openai_logprobs import TokensOfText, completion_logprobs, joined, prompt_tokens
 from client.routes.problem import OPENAI
 from client.routes.served import Served
@@ -99,7 +99,7 @@ def _choices(call: Call, body: CompletionRequest) -> list[CompletionText]:
 @router.post(
     "/v1/completions",
     response_class=Json,
-    responses={200: {"model": Completion, "content": event_stream(CompletionChunk)}, **ERRORS},
+    responses={200: {"model": Completion, "content": event_stream(CompletionChunk, end=DONE)}, **ERRORS},
 )
 async def completions(request: Request, deployment: Served, body: CompletionRequest) -> Response:
     """How a text, or each of several, goes on: at once, or as a stream if `stream` is true."""
