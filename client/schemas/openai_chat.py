@@ -14,8 +14,8 @@ from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import GenerationParams
 
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
+MAX_MESSAGES = 1024
+MAX_PARTS = 128
 
 
 class TextPart(BaseModel):
