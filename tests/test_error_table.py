@@ -269,7 +269,15 @@ NOT_OVER_HTTP = {
     "names …, which is not among the tools",
 }
 # What raises or makes what a client is told, and which of its arguments is the message.
-TELLS = {"InvalidRequest": 0, "ContextExceeded": 0, "NoSuchRoute": 0, "UnknownModel": 0, "Overloaded": 0, "NotServing": 0, "PydanticCustomError": 1}
+TELLS = {
+    "InvalidRequest": 0,
+    "ContextExceeded": 0,
+    "NoSuchRoute": 0,
+    "UnknownModel": 0,
+    "Overloaded": 0,
+    "NotServing": 0,
+    "PydanticCustomError": 1,
+}
 TELLS |= {"GrammarError": 0, "HTTPException": 1, "Problem": "message"}
 
 
