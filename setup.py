@@ -55,6 +55,8 @@ setup(
             "httpx-sse",  # clients that people reach the server with
             "sseclient-py",
             "huggingface_hub",
+            "openai",
+            "langchain-openai",
             "schemathesis",  # asks what /openapi.json promises
             "psutil",
             "safetensors",

@@ -66,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_new_tokens: int = 0  # until then, end_token_ids cannot be chosen
     end_token_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must be, as the library of config.grammar_engine takes it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), each token once
     logprobs: bool = False  # of the chosen tokens
     top_logprobs: int = 0  # this many best tokens beside the chosen one
 

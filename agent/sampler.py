@@ -1,10 +1,10 @@
 """From logits to the next token of each row, each with its own settings.
 
 What a row's grammar does not allow is forbidden first. Then the order is that of Hugging Face: repetition, frequency
-and presence penalty, end tokens forbidden until ``min_new_tokens`` (unless the grammar allows nothing else),
-temperature, top-k, top-p, min-p, typical-p, and the draw. Every row is worked out on its own, and its randomness is a
-function of its seed and of the token's number in the answer, so a row's token does not depend on what else is in the
-batch or on how often the request was preempted.
+and presence penalty, logit bias, end tokens forbidden until ``min_new_tokens`` (unless the grammar allows nothing
+else), temperature, top-k, top-p, min-p, typical-p, and the draw. Every row is worked out on its own, and its
+randomness is a function of its seed and of the token's number in the answer, so a row's token does not depend on what
+else is in the batch or on how often the request was preempted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from agent.protocol import Floats, Ints, SeatReset, ints
 from agent.token_counts import PENALTIES, TokenCounts, penalized
 from config.grammar_engine import GrammarEngine
 
+BIAS = np.dtype([("token", np.int64), ("added", np.float32)])
 MIN_TEMPERATURE = 1e-30  # a number that single precision can divide by
 
 
@@ -36,6 +37,8 @@ class Sampler:
         self._constrained = np.zeros(max_num_seqs, bool)  # seats with a grammar
         self._complete = np.zeros(max_num_seqs, bool)  # of them, those whose answers can only end
         self._counts: list[TokenCounts | None] = [None] * max_num_seqs  # of seats with penalties
+        self._biases = [np.zeros(0, BIAS)] * max_num_seqs
+        self._biased = np.zeros(max_num_seqs, bool)
         self._end_tokens = [np.zeros(0, np.int64)] * max_num_seqs
         self._taken = np.zeros(max_num_seqs, bool)
         self._latest = np.full(max_num_seqs, -1, np.int32)  # -1: no token was sampled since the reset
@@ -73,6 +76,8 @@ class Sampler:
         self._latest[seat] = -1
         self._penalized[seat] = penalized
         self._penalties[seat] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._biases[seat] = np.array(list(params.logit_bias), BIAS)
+        self._biased[seat] = bool(params.logit_bias)
         self._end_tokens[seat] = np.array(params.end_token_ids, np.int64)
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0
         scored = params.logprobs or params.top_logprobs
@@ -94,7 +99,7 @@ class Sampler:
             FloatingPointError: a row holds NaN or infinity, so the model's numbers cannot be trusted.
         """
         require_numbers(logits.maxima.max(axis=1, initial=-np.inf))
-        with self._restricted(logits, seats), self._edited(logits, seats):
+        with self._restricted(logits, seats), self._edited(logits, seats), self._added(logits, seats):
             tokens = self._choose(logits, seats)
         self._append(tokens, seats)
         return tokens
@@ -157,6 +162,15 @@ class Sampler:
         """Does what penalties and forbidden end tokens do."""
         rows, ids, values = self._edits(logits, seats)
         return logits.changed(rows, ids, values) if rows.size else nullcontext()
+
+    def _added(self, logits: Logits, seats: Ints) -> AbstractContextManager[None]:
+        """Does what logit biases do to logits that are edited already: a forbidden token stays forbidden."""
+        biased_rows = np.flatnonzero(self._biased[seats])
+        if not biased_rows.size:
+            return nullcontext()
+        biases = [self._biases[seat] for seat in seats[biased_rows]]
+        rows, bias = np.repeat(biased_rows, [one.size for one in biases]), np.concatenate(biases)
+        return logits.changed(rows, bias["token"], logits.values[rows, bias["token"]] + bias["added"])
 
     def _edits(self, logits: Logits, seats: Ints) -> tuple[Places, Places, Floats]:
         """What penalties and forbidden end tokens change: rows, tokens and new logits, ``[n]`` each."""

@@ -6,6 +6,7 @@ the model and the limits of the agent.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,10 @@ def _check_reset(reset: SeatReset, shapes: StepShapes) -> None:
     _check_range("resets: output_ids", _numbers("resets: output_ids", reset.output_ids), 0, shapes.vocab_size)
     ends = reset.params.end_token_ids
     _require(all(0 <= token < shapes.vocab_size for token in ends), f"resets: end_token_ids: {ends} hold no tokens")
+    biased = [token for token, _ in reset.params.logit_bias]
+    _require(all(0 <= token < shapes.vocab_size for token in biased), f"resets: logit_bias: {biased} hold no tokens")
+    _require(len(set(biased)) == len(biased), "resets: logit_bias: a token is listed twice")
+    _require(all(math.isfinite(bias) for _, bias in reset.params.logit_bias), "resets: logit_bias: not finite")
 
 
 def _numbers(name: str, data: bytes) -> Ints:

@@ -62,10 +62,11 @@ def _contents(response: Json) -> str:
 def _content(kind: str, schema: Json) -> str:
     if kind == "application/json":
         return _type(schema)
-    held = schema.get("properties", {}).get("data", {}).get("contentSchema")
-    if held is None:
+    data = schema.get("properties", {}).get("data", {})
+    held = [choice for choice in data.get("anyOf", [data]) if choice]
+    if not held:
         return f"`{kind}`"
-    return f"`{kind}`, whose data is {_type(held)}"
+    return f"`{kind}`, whose data is {' or at last '.join(_type(one.get('contentSchema', one)) for one in held)}"
 
 
 def _model(name: str, model: Json) -> Iterator[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
+from server.chat_template import CHAT_TEMPLATES
 from server.errors import NotServing, UnknownModel
 from server.llm_server import LLMServer
 from server.metrics import Metrics
@@ -27,6 +30,10 @@ class ServedModel:
         self.config = model
         self.server = LLMServer(model, config, metrics)
         self.warm = False
+        self._chat_templates = {
+            name: self.server.tokenizer.chat_template(CHAT_TEMPLATES[chosen])
+            for name, chosen in model.chat_templates.items()
+        }
 
     @property
     def agents(self) -> str:
@@ -66,6 +73,16 @@ class ServedModel:
         self._check_warm()
         return await self.server.submit_all(prompt, params, n, request_id)
 
+    def chat_prompt(self, name: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation in the chat template of ``name``, special tokens written out.
+
+        Raises:
+            InvalidRequest: there is no template, or it refuses the messages.
+        """
+        if (chosen := self._chat_templates.get(name)) is not None:
+            return chosen.render(messages)
+        return self.server.tokenizer.apply_chat_template(messages)
+
     def token(self, token_id: int) -> tuple[str, bool]:
         """A token's own text, and whether it is special: leaves no trace in an answer."""
         tokenizer = self.server.tokenizer
@@ -79,7 +96,7 @@ class ServedModel:
     async def _submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
         template = self.config.prompt_template(name)
         if template == CHAT_TEMPLATE:
-            text = self.server.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+            text = self.chat_prompt(name, [{"role": "user", "content": text}])
             params = dataclasses.replace(params, add_special_tokens=False)  # the template writes them out
         elif template is not None:
             text = template.replace("{prompt}", text)
@@ -98,8 +115,14 @@ class Deployment:
         self.metrics = Metrics()
         self.models = tuple(ServedModel(model, config, self.metrics) for model in config.models)
         self._by_name = {name: model for model in self.models for name in model.config.names}
+        self.created = int(time.time())  # seconds since 1970
         self.draining = False
         self._starting: asyncio.Future[list[None]] | None = None
+
+    @property
+    def first_name(self) -> str:
+        """The served name that is meant where a request gives none."""
+        return self.models[0].config.names[0]
 
     def model(self, name: str) -> ServedModel:
         """The model that answers to ``name``.

@@ -11,11 +11,15 @@ from pydantic import BaseModel
 from client.deployment import Deployment
 from client.routes.problem import dialect_of
 from client.schemas.legacy import LegacyEvent
+from client.schemas.openai_chat import ChatChunk
+from client.schemas.openai_completion import CompletionChunk
 from client.schemas.tgi import StreamEvent
 
 STREAM_MODELS: tuple[type[BaseModel], ...] = (
     LegacyEvent,
     StreamEvent,
+    ChatChunk,
+    CompletionChunk,
 )  # in streams only, where FastAPI does not look for models
 EVERYWHERE = (413, 431, 500)  # on every path, whatever its route
 _FRAMEWORK = ("HTTPValidationError", "ValidationError")  # FastAPI's own error bodies, which nothing here answers with

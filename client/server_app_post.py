@@ -28,7 +28,7 @@ from sse_starlette.sse import AppStatus
 from client.deployment import Deployment
 from client.http_edge import MAX_HEADER_BYTES, HttpEdge, JsonH11Protocol
 from client.openapi import describe
-from client.routes import errors, models, operations, tgi
+from client.routes import errors, models, openai_chat, openai_completions, openai_models, openai_tokens, operations, tgi
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
 from config.manifest import ManifestError, read_manifest
@@ -75,9 +75,8 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     app.state.deployment = deployment
     app.add_middleware(HttpEdge, max_body_bytes=config.limits.max_body_bytes)
     errors.install(app)
-    app.include_router(models.router)
-    app.include_router(operations.router)
-    app.include_router(tgi.router)
+    for part in (models, operations, tgi, openai_chat, openai_completions, openai_models, openai_tokens):
+        app.include_router(part.router)
     describe(app, deployment)
     return app
 

@@ -31,6 +31,7 @@ PROMPT_TEMPLATES = {
     "internlm": "<s><|User|>:{prompt}<eoh>\n<|Bot|>:",
     "llama2": "[INST] {prompt} [/INST]",
 }
+ChatTemplateName = Literal["internlm", "llama2"]
 CHAT_TEMPLATE = "chat"  # the exported model's own chat template, as one user message
 
 
@@ -92,6 +93,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cache_dtype: CacheDtype = "float16"  # half the memory traffic of float32, and its text but for near ties
     threads: Positive | None = None  # of each agent; None: the physical cores
     prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
+    chat_templates: dict[str, ChatTemplateName] = {}  # by served name; not listed: the exported model's own
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
     secret_file: str | None = None  # shared by app and agents; None: one beside the logs
 
@@ -261,6 +263,9 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         if template not in (*PROMPT_TEMPLATES, CHAT_TEMPLATE) and "{prompt}" not in template:
             known = ", ".join((*PROMPT_TEMPLATES, CHAT_TEMPLATE))
             yield f"{key}.prompt_templates.{name}: {template!r} is none of {known}, nor a text with {{prompt}} in it"
+    for name in model.chat_templates:
+        if name not in model.names:
+            yield f"{key}.chat_templates: {name} is not among the names of this model"
     if not math.isfinite(model.step_seconds):
         yield f"{key}.step_seconds: needs a finite number"
     if model.step_seconds and model.target != "standin":

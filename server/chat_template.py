@@ -11,8 +11,46 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from config.serving_config import ChatTemplateName
 from server.errors import InvalidRequest
 from server.token_bytes import TokenizerError
+
+# Templates of models that are exported without one, for ServingConfig's chat_templates.
+_ALTERNATE = """
+{%- if messages[0].role == 'system' %}
+    {%- set system, turns = messages[0].content, messages[1:] %}
+{%- else %}
+    {%- set system, turns = none, messages %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message.role != ('user' if loop.index0 is even else 'assistant') %}
+        {{- raise_exception('after an optional system message, user and assistant must take turns') }}
+    {%- endif %}
+{%- endfor %}
+{%- if turns | length is even %}
+    {{- raise_exception('the last message must come from the user') }}
+{%- endif %}"""
+_INTERNLM = """
+{{- bos_token }}
+{%- if system is not none %}{{- '<|System|>:' + system + '\n' }}{% endif %}
+{%- for message in turns %}
+    {%- if message.role == 'user' %}
+        {{- '<|User|>:' + message.content + '<eoh>\n<|Bot|>:' }}
+    {%- else %}
+        {{- message.content + '<eoa>\n' }}
+    {%- endif %}
+{%- endfor %}"""
+_LLAMA2 = """
+{%- for message in turns %}
+    {%- if message.role == 'user' %}
+        {{- bos_token + '[INST] ' }}
+        {%- if loop.first and system is not none %}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{% endif %}
+        {{- message.content.strip() + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content.strip() + ' ' + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+CHAT_TEMPLATES: dict[ChatTemplateName, str] = {"internlm": _ALTERNATE + _INTERNLM, "llama2": _ALTERNATE + _LLAMA2}
 
 
 class ChatTemplate:

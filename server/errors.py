@@ -2,6 +2,7 @@
 
     ServingError
     ├── InvalidRequest      422  a field cannot be used; ``field`` names it
+    │   └── ContextExceeded      the prompt, or the answer after it, has no room in the model's context
     ├── UnknownModel        404  no such name is served
     ├── Overloaded          429  the queue is full; try again after ``retry_after`` seconds
     ├── NotServing          503  shutting down, or the agents are not there
@@ -19,6 +20,7 @@ class ServingError(Exception):
     """A request ends with ``message``, meant for the client."""
 
     status = 500
+    code: str | None = None  # for programs, where the status does not say enough
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -30,8 +32,13 @@ class InvalidRequest(ServingError):
     status = 422
 
 
+class ContextExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
 class UnknownModel(ServingError):
     status = 404
+    code = "model_not_found"
 
 
 class Overloaded(ServingError):

@@ -19,7 +19,7 @@ from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
 from server.agent_group import AgentGroup
 from server.answer import Answer
-from server.errors import InvalidRequest, NotServing, Overloaded
+from server.errors import ContextExceeded, InvalidRequest, NotServing, Overloaded
 from server.grammar import GrammarCompiler
 from server.metrics import Metrics, ModelMetrics
 from server.request import GenerationParams, Request
@@ -177,6 +177,31 @@ class LLMServer:
             RequestStream(answer.request, answer.mailbox, partial(loop.abort, answer.request)) for answer in answers
         ]
 
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, as ``submit`` makes them; nothing is queued.
+
+        Raises:
+            InvalidRequest: it is no valid Unicode text.
+            Overloaded, NotServing: as of ``submit``.
+        """
+        self._check_room(self._open_loop(), 1)
+        self._preparing += 1
+        try:
+            return await self._text_ids(text, GenerationParams(add_special_tokens=add_special_tokens))
+        finally:
+            self._preparing -= 1
+
+    def check_token_ids(self, ids: Sequence[int], field: str) -> None:
+        """Whether the model has these tokens.
+
+        Raises:
+            InvalidRequest: it has not; ``field`` is to blame.
+        """
+        vocab_size = self.manifest.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(f"token id {token_id} is outside 0 … {vocab_size - 1}", field)
+
     def _open_loop(self) -> StepLoop:
         if self._loop is None or not self._accepting:
             raise NotServing("the server is stopping" if self._loop else "the server waits for its agents")
@@ -194,22 +219,25 @@ class LLMServer:
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequest("is empty", "prompt")
-            encode = partial(self._encode, prompt, params)
-            in_thread = asyncio.get_running_loop().run_in_executor
-            ids = await in_thread(self._encoder, encode) if len(prompt) > ENCODE_IN_THREAD else encode()
+            ids = await self._text_ids(prompt, params)
         else:
             ids = list(prompt)
-            self._check_ids(ids, "prompt")
+            self.check_token_ids(ids, "prompt")
             if params.truncate is not None:
                 ids = ids[-params.truncate :]
         if not ids:
             raise InvalidRequest("is empty", "prompt")
         if len(ids) >= self.max_model_len:
             room = f"the context of {self.max_model_len} leaves no room for an answer"
-            raise InvalidRequest(f"has {len(ids)} tokens; {room}", "prompt")
+            raise ContextExceeded(f"has {len(ids)} tokens; {room}", "prompt")
         if len(ids) > (most := self._limits.max_prompt_tokens or len(ids)):
             raise InvalidRequest(f"has {len(ids)} tokens; this server takes {most}", "prompt")
         return ids
+
+    async def _text_ids(self, text: str, params: GenerationParams) -> list[int]:
+        encode = partial(self._encode, text, params)
+        in_thread = asyncio.get_running_loop().run_in_executor
+        return await in_thread(self._encoder, encode) if len(text) > ENCODE_IN_THREAD else encode()
 
     def _encode(self, text: str, params: GenerationParams) -> list[int]:
         """The tokens of ``text``, cut as asked. Long texts come here in a thread, one after another."""
@@ -222,12 +250,6 @@ class LLMServer:
         kept = ids[:1] if begins else []  # a prompt without its begin token is not what the model was trained on
         return kept + ids[max(len(kept), len(ids) + len(kept) - params.truncate) :]
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        vocab_size = self.manifest.vocab_size
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id} is outside 0 … {vocab_size - 1}", field)
-
     def _max_new_tokens(self, params: GenerationParams, prompt_tokens: int) -> int:
         """The most tokens that the answer may have."""
         left = self.max_model_len - prompt_tokens
@@ -239,16 +261,17 @@ class LLMServer:
             raise InvalidRequest("must be at least 1", "max_new_tokens")
         if wanted > left:
             context = f"the context of {self.max_model_len} tokens leaves after the prompt's {prompt_tokens}"
-            raise InvalidRequest(f"{wanted} is more than the {left} that {context}", "max_new_tokens")
+            raise ContextExceeded(f"{wanted} is more than the {left} that {context}", "max_new_tokens")
         if wanted > most:
             raise InvalidRequest(f"{wanted} is more than the {most} that this server gives", "max_new_tokens")
         if params.sampling.min_new_tokens > wanted:
-            raise InvalidRequest(f"is more than max_new_tokens, which is {wanted}", "min_new_tokens")
+            raise InvalidRequest(f"is more than the {wanted} tokens that the answer may have", "min_new_tokens")
         return wanted
 
     def _with_end_tokens(self, params: GenerationParams) -> GenerationParams:
         """Fill in which tokens end the answer, and check what else the scheduler relies on."""
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_token_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_token_ids([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
         if not all(params.stop):
             raise InvalidRequest("holds an empty string", "stop")
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids

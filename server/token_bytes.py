@@ -89,18 +89,20 @@ class TokenBytes:
 class IncrementalDecoder:
     """Text from tokens as they come: the pieces joined are the text of all tokens decoded at once.
 
-    A piece ends between two characters. Special tokens leave no trace. Bytes that cannot become a character are U+FFFD.
+    A piece ends between two characters. Special tokens leave no trace, unless ``show_special``. Bytes that cannot
+    become a character are U+FFFD.
     """
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    def __init__(self, token_bytes: TokenBytes, *, show_special: bool = False) -> None:
         self._bytes = token_bytes
+        self._hidden = frozenset() if show_special else token_bytes.special_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(token_bytes.errors)
         self._to_strip = token_bytes.leading_spaces
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """The characters that these tokens complete."""
-        special = self._bytes.special_ids
-        data = b"".join([self._bytes[token_id] for token_id in token_ids if token_id not in special])
+        hidden = self._hidden
+        data = b"".join([self._bytes[token_id] for token_id in token_ids if token_id not in hidden])
         return self._strip(self._utf8.decode(data))
 
     def flush(self) -> str:

@@ -66,14 +66,18 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of a whole answer: special tokens leave no trace, broken characters are U+FFFD."""
-        decoder = self.incremental_decoder()
+    def decode(self, token_ids: Iterable[int], *, show_special: bool = False) -> str:
+        """The text of a whole answer: special tokens leave no trace unless shown, broken characters are U+FFFD."""
+        decoder = self.incremental_decoder(show_special=show_special)
         return decoder.feed(token_ids) + decoder.flush()
 
-    def incremental_decoder(self) -> IncrementalDecoder:
+    def incremental_decoder(self, *, show_special: bool = False) -> IncrementalDecoder:
         """A decoder for one answer."""
-        return IncrementalDecoder(self._bytes)
+        return IncrementalDecoder(self._bytes, show_special=show_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes, which may be a part of a character."""
+        return self._bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens and leading spaces included."""
@@ -108,15 +112,23 @@ class Tokenizer:
             raise InvalidRequest("this model's chat template shows it no tools; leave them out", "tools")
         return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
-    def _chat_template(self, path: Path) -> ChatTemplate | None:
-        if not path.exists():
-            return None
+    def chat_template(self, source: str) -> ChatTemplate:
+        """A Jinja template that knows this model's special tokens.
+
+        Raises:
+            TokenizerError: it cannot be parsed.
+        """
         bos, ends = self._rules.bos_token_id, self._rules.eos_token_ids
         variables = {
             "bos_token": "" if bos is None else self.token_text(bos),
             "eos_token": self.token_text(ends[0]) if ends else "",
         }
+        return ChatTemplate(source, variables)
+
+    def _chat_template(self, path: Path) -> ChatTemplate | None:
+        if not path.exists():
+            return None
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), variables)
+            return self.chat_template(path.read_text(encoding="utf-8"))
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from None

@@ -16,9 +16,14 @@ TEMPLATES = {"internlm-chat": "internlm", "chat": "chat"}
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Agents and app on the stand-in model, for all tests that leave them as they were.
 
-    ``internlm-chat`` and ``chat`` are served names with a prompt template, ``llama2`` and ``internlm`` have none.
+    ``internlm-chat`` and ``chat`` are served names with a prompt template, ``llama2`` and ``internlm`` have none. In
+    chats ``internlm`` has InternLM's template, the others have the stand-in's own.
     """
-    model = {"names": ["llama2", "internlm", *TEMPLATES], "prompt_templates": TEMPLATES}
+    model = {
+        "names": ["llama2", "internlm", *TEMPLATES],
+        "prompt_templates": TEMPLATES,
+        "chat_templates": {"internlm": "internlm"},
+    }
     with serving(tmp_path_factory.mktemp("standin"), [model]) as deployment:
         yield deployment
 

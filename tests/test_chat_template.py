@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.chat_template import ChatTemplate
+from config.serving_config import ChatTemplateName
+from server.chat_template import CHAT_TEMPLATES, ChatTemplate
 from server.errors import InvalidRequest
 from server.token_bytes import TokenizerError
 
@@ -30,6 +31,33 @@ def test_a_conversation() -> None:
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n<b> & 你好<|im_end|>\n"
     )
     assert render(CHATML, *messages).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+TALK: list[dict[str, object]] = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def test_templates_of_models_that_bring_none() -> None:
+    internlm, llama2 = CHAT_TEMPLATES["internlm"], CHAT_TEMPLATES["llama2"]
+    assert render(internlm, TALK[1]) == "<s><|User|>:Hi<eoh>\n<|Bot|>:"
+    assert render(internlm, *TALK) == (
+        "<s><|System|>:Be kind.\n<|User|>:Hi<eoh>\n<|Bot|>:Hello<eoa>\n<|User|>:Why?<eoh>\n<|Bot|>:"
+    )
+    assert render(llama2, TALK[1]) == "<s>[INST] Hi [/INST]"
+    assert render(llama2, *TALK) == (
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] Why? [/INST]"
+    )
+
+
+@pytest.mark.parametrize("name", ["internlm", "llama2"])
+@pytest.mark.parametrize("places", [[], [0], [1, 2], [2, 3], [1, 3], [0, 0, 1], [1, 0, 3]])
+def test_their_roles_take_turns(name: ChatTemplateName, places: list[int]) -> None:
+    with pytest.raises(InvalidRequest):
+        render(CHAT_TEMPLATES[name], *(TALK[place] for place in places))
 
 
 def test_the_names_that_templates_know() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +88,45 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"json": {"inputs": "x" * 8192}}, "inputs: has … tokens; the context of … leaves no room for an answer"),
     (
         {"json": {"inputs": "x" * 8100, "parameters": {"min_new_tokens": 200}}},
-        "min_new_tokens: is more than max_new_tokens, which is …",
+        "min_new_tokens: is more than the … tokens that the answer may have",
+    ),
+]
+HI: dict[str, Any] = {"model": "llama2", "prompt": "hi"}
+TALK: dict[str, Any] = {"model": "llama2", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+OPENAI: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETIONS, {**HI, "stream_options": {}}, "stream_options: can only be given in a stream"),
+    (COMPLETIONS, {**HI, "best_of": 2}, "best_of: must be what n is: this server does not choose among answers"),
+    (
+        COMPLETIONS,
+        {**HI, "prompt": ["hi"] * 2, "n": 128},
+        "n: asks for more than … answers to all prompts together",
+    ),
+    (COMPLETIONS, {**HI, "max_tokens": 0}, "max_tokens: must be at least 1, unless echo asks for the prompt"),
+    (
+        CHAT,
+        {**TALK, "max_tokens": 1, "max_completion_tokens": 2},
+        "max_tokens: is not what max_completion_tokens is; give one of them",
+    ),
+    (CHAT, {**TALK, "top_logprobs": 1}, "top_logprobs: needs logprobs: true"),
+    (CHAT, {**TALK, "logit_bias": {"7": 1, "07": 1}}, "logit_bias: names a token twice"),
+    (CHAT, {**TALK, "logit_bias": {"261": 1}}, "…: token id … is outside 0 … …"),
+    (
+        CHAT,
+        {**TALK, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages: content must be a text or a list of text parts; nothing else can be read",
+    ),
+    (
+        CHAT,
+        {"model": "internlm", "messages": [{"role": "assistant", "content": "hi"}]},
+        "messages: the model's chat template refuses them: …",
+    ),
+    ("/tokenize", {}, "prompt: must be given, or messages, and not both"),
+    ("/tokenize", {"prompt": "\ud800"}, "…: is not valid Unicode text: it holds half a surrogate pair"),
+    (
+        "/v1/embeddings",
+        {},
+        "this server has no /v1/…; it has /v1/chat/completions, /v1/completions and /v1/models",
     ),
 ]
 ELSEWHERE = {  # produced by a test of its own below
@@ -101,6 +141,7 @@ ELSEWHERE = {  # produced by a test of its own below
     "the server is stopping",
     "the server is shutting down",
     "the server is shutting down and has not finished this answer",
+    "messages: this model has no chat template",
 }
 
 
@@ -110,11 +151,12 @@ def pattern(message: str) -> str:
 
 def check(response: httpx.Response, message: str) -> None:
     assert response.status_code in ROWS[message], response.text
-    assert re.fullmatch(pattern(message), response.json()["error"]), response.text
+    error = response.json()["error"]
+    assert re.fullmatch(pattern(message), error["message"] if isinstance(error, dict) else error), response.text
 
 
 def test_every_row_is_produced_here() -> None:
-    assert {message for *_, message in (*PARAMETERS, *REQUESTS)} | ELSEWHERE == set(ROWS)
+    assert {message for *_, message in (*PARAMETERS, *REQUESTS, *OPENAI)} | ELSEWHERE == set(ROWS)
 
 
 @pytest.mark.parametrize(("path", "parameters", "message"), PARAMETERS, ids=lambda value: str(value)[:30])
@@ -125,6 +167,11 @@ def test_a_parameter(client: httpx.Client, path: str, parameters: dict[str, Any]
 @pytest.mark.parametrize(("request_", "message"), REQUESTS, ids=lambda value: str(value)[:30])
 def test_a_request(client: httpx.Client, request_: dict[str, Any], message: str) -> None:
     check(client.request(**{"method": "POST", "url": LEGACY, **request_}), message)
+
+
+@pytest.mark.parametrize(("path", "body", "message"), OPENAI, ids=lambda value: str(value)[:30])
+def test_a_request_of_the_openai_protocol(client: httpx.Client, path: str, body: dict[str, Any], message: str) -> None:
+    check(client.post(path, content=json.dumps(body), headers=JSON), message)
 
 
 def test_what_is_no_http(standin: Serving) -> None:
@@ -143,8 +190,18 @@ def test_an_internal_error(path: str) -> None:
     check(answer_to(GenerationFailed("secret"), path), message)
 
 
+def without_chat_template(folder: Path) -> Path:
+    """The stand-in's model folder as an export of a model that has no chat template."""
+    shutil.copytree(ROOT / "config" / "standin", folder)
+    (folder / "chat_template.jinja").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    del manifest["files"]["chat_template.jinja"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
 def test_an_app_without_agents(tmp_path: Path) -> None:
-    deployment = standin_deployment(tmp_path)
+    deployment = standin_deployment(tmp_path, [{}, {"path": str(without_chat_template(tmp_path / "model"))}])
     deployment.app = Process("client/server_app_post.py", "--config", deployment.config_path)
     try:
         deployment.app.wait_for("waiting for the agents")
@@ -152,6 +209,7 @@ def test_an_app_without_agents(tmp_path: Path) -> None:
         eventually(lambda: client.get("/health/live").is_success)
         check(client.post(LEGACY, json={"inputs": "x"}), "… is not ready yet: it waits for its agents at …")
         check(client.get("/health"), "waiting for …: agents at …")
+        check(client.post(CHAT, json={**TALK, "model": "model1"}), "messages: this model has no chat template")
     finally:
         deployment.stop()
 
@@ -184,6 +242,8 @@ def test_limits_of_the_engine(tmp_path: Path) -> None:
         running = threads.submit(client.post, LEGACY, json=body)
         eventually(lambda: b'"data": 1}' in client.get("/serving/get_bs").content)
         check(client.post(LEGACY, json=body), "no turn came within … s; try again later")
+        streamed = client.post(COMPLETIONS, json={**HI, "stream": True})
+        assert re.fullmatch(rb'data: \{"error":\{"message":"no turn came .*\}\}\n\n', streamed.content)
         assert running.result().status_code == 200
 
 
@@ -193,10 +253,6 @@ NOT_OVER_HTTP = {
     "the agents do not answer",
     "must be at least 1",
     "holds an empty string",
-    "token id … is outside 0 … …",
-    "is not valid Unicode text: it holds half a surrogate pair",
-    "this model has no chat template",
-    "the model's chat template refuses them: …",
     "is no JSON that can be written down: …",
     "needs a model with an end token, and this one has none",
     "cannot be served: the library does not read this model's tokenizer: …",
@@ -213,7 +269,15 @@ NOT_OVER_HTTP = {
     "names …, which is not among the tools",
 }
 # What raises or makes what a client is told, and which of its arguments is the message.
-TELLS = {"InvalidRequest": 0, "UnknownModel": 0, "Overloaded": 0, "NotServing": 0, "PydanticCustomError": 1}
+TELLS = {
+    "InvalidRequest": 0,
+    "ContextExceeded": 0,
+    "NoSuchRoute": 0,
+    "UnknownModel": 0,
+    "Overloaded": 0,
+    "NotServing": 0,
+    "PydanticCustomError": 1,
+}
 TELLS |= {"GrammarError": 0, "HTTPException": 1, "Problem": "message"}
 
 

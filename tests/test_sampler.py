@@ -65,6 +65,8 @@ def hugging_face(row: Floats, params: SamplingParams, prompt: list[int], output:
         scores = hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
     for token, count in Counter(output).items():
         scores[0, token] -= params.frequency_penalty * count + params.presence_penalty
+    for token, bias in params.logit_bias:
+        scores[0, token] += bias
     if params.min_new_tokens and params.end_token_ids:
         ends = list(params.end_token_ids)
         minimum = hf.MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, ends, device="cpu")
@@ -105,7 +107,9 @@ def test_the_token_is_the_one_that_the_uniform_number_falls_on(
     tokens = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=12)
     prompt, output = data.draw(tokens), data.draw(tokens)[1:]
     ends = data.draw(st.sets(st.integers(0, vocab - 1), max_size=min(2, vocab - 1)))
-    params = msgspec.structs.replace(params, end_token_ids=tuple(ends))
+    biases = st.dictionaries(st.integers(0, vocab - 1), st.sampled_from([-100.0, -1.5, 2.0, 30.0]), max_size=4)
+    bias = tuple(data.draw(biases).items())
+    params = msgspec.structs.replace(params, end_token_ids=tuple(ends), logit_bias=bias)
     row = random_logits(1, vocab, data.draw(st.integers(0, 999)), scale=data.draw(st.sampled_from([0.02, 3.0])))[0]
     [token] = sampled(row[None], reset(params, prompt, output))
 
@@ -192,6 +196,19 @@ def test_a_seat_keeps_nothing_of_the_request_before() -> None:
     assert sampler.holds(seat)
     sampler.clear()
     assert not sampler.holds(seat)
+
+
+def test_a_bias_moves_its_own_row_and_does_not_free_what_is_forbidden() -> None:
+    logits = random_logits(3, 300, seed=8)
+    best = logits.argmax(axis=1).tolist()
+    other = (best[1] + 1) % 300
+    biased = SamplingParams(logit_bias=((other, 100.0),))
+    forbidden = SamplingParams(logit_bias=((best[2], 100.0),), min_new_tokens=1, end_token_ids=(best[2],))
+    resets = [reset(SamplingParams(), [1], seat=0), reset(biased, [1], seat=1), reset(forbidden, [1], seat=2)]
+    first, second, third = sampled(logits, *resets)
+    assert (first, second) == (best[0], other)
+    assert third != best[2]
+    assert sampled(logits[1:2], reset(SamplingParams(logit_bias=((best[1], -100.0),)), [1])) != [best[1]]
 
 
 def test_greedy_takes_the_first_of_equals_and_leaves_the_logits_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,18 @@ def test_each_wrong_number_is_named(fields: dict[str, list[int]], problem: str) 
         (
             SeatReset(seat=0, params=SamplingParams(end_token_ids=(100,)), prompt_ids=b"", output_ids=b""),
             "end_token_ids",
+        ),
+        (
+            SeatReset(seat=0, params=SamplingParams(logit_bias=((-1, 1.0),)), prompt_ids=b"", output_ids=b""),
+            "logit_bias: .* no tokens",
+        ),
+        (
+            SeatReset(seat=0, params=SamplingParams(logit_bias=((1, 1.0),) * 2), prompt_ids=b"", output_ids=b""),
+            "logit_bias: a token is listed twice",
+        ),
+        (
+            SeatReset(seat=0, params=SamplingParams(logit_bias=((1, np.inf),)), prompt_ids=b"", output_ids=b""),
+            "logit_bias: not finite",
         ),
         (SeatReset(seat=0, params=SamplingParams(), prompt_ids=b"12345", output_ids=b""), "prompt_ids: 5 bytes"),
     ],

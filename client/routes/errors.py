@@ -48,7 +48,9 @@ def problem_of(error: Exception, request_id: str) -> Problem:
             return Problem(status=500, message=INTERNAL.format(request_id))
         case ServingError():
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded | NotServing) else {}
-            return Problem(status=error.status, message=error.message, field=error.field, headers=headers)
+            return Problem(
+                status=error.status, message=error.message, field=error.field, code=error.code, headers=headers
+            )
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query
 from sse_starlette.sse import EventSourceResponse
 from starlette.responses import Response
 
@@ -13,6 +13,7 @@ from client.deployment import Deployment, ServedModel
 from client.routes.errors import documented
 from client.routes.event_stream import event_stream
 from client.routes.legacy_formats import PING_SECONDS, event
+from client.routes.served import Served
 from client.schemas.legacy import LegacyEvent
 
 router = APIRouter(tags=["operations"])
@@ -21,12 +22,6 @@ EVENT = 'data: {"event": "message", "retry": 30000, "data": 0}\r\n\r\n'
 ONE_EVENT: dict[int | str, dict[str, Any]] = {200: {"content": event_stream(LegacyEvent, EVENT)}, **documented(404)}
 
 
-async def _deployment(request: Request) -> Deployment:
-    deployment: Deployment = request.app.state.deployment
-    return deployment
-
-
-Served = Annotated[Deployment, Depends(_deployment)]
 OneModel = Annotated[str | None, Query(description="a served name; left out: all models together")]
 
 

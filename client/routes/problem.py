@@ -18,6 +18,7 @@ class Problem:
     status: int
     message: str  # does not repeat the field's name
     field: str | None = None
+    code: str | None = None  # for programs
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def response(self, path: str) -> Response:
@@ -59,9 +60,8 @@ OPENAI_CODES = {401: "invalid_api_key", 404: "not_found", 413: "body_too_large"}
 def _openai(problem: Problem, text: str, name: str | None) -> OpenAIErrorBody:
     kind = "rate_limit_exceeded" if problem.status == 429 else "invalid_request_error"
     kind = "server_error" if problem.status >= 500 else kind
-    return OpenAIErrorBody(
-        error=OpenAIError(message=text, type=kind, param=name, code=OPENAI_CODES.get(problem.status))
-    )
+    code = problem.code or OPENAI_CODES.get(problem.status)
+    return OpenAIErrorBody(error=OpenAIError(message=text, type=kind, param=name, code=code))
 
 
 def _tgi(problem: Problem, text: str, name: str | None) -> TgiErrorBody:
@@ -81,19 +81,26 @@ def _tgi(problem: Problem, text: str, name: str | None) -> TgiErrorBody:
 
 
 LEGACY = Dialect(model=ErrorBody, body=_legacy, field_names={"prompt": "inputs", "messages": "inputs"})
+_OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 OPENAI = Dialect(
     model=OpenAIErrorBody,
     body=_openai,
-    field_names={"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"},
+    field_names={**_OPENAI_NAMES, "top_n_tokens": "logprobs"},
     statuses={422: 400},
+)
+OPENAI_CHAT = dataclasses.replace(
+    OPENAI, field_names={**_OPENAI_NAMES, "top_n_tokens": "top_logprobs", "prompt": "messages"}
 )
 TGI = Dialect(model=TgiErrorBody, body=_tgi, field_names={"prompt": "inputs"}, statuses={500: 424})
 
+CHAT_PATH = "/v1/chat/completions"
 _TGI_PATHS = ("/", "/generate", "/generate_stream", "/info")
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of whoever asks for ``path``."""
+    if path == CHAT_PATH:
+        return OPENAI_CHAT
     if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
         return OPENAI
     return TGI if path in _TGI_PATHS else LEGACY

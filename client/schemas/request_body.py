@@ -33,7 +33,7 @@ class RequestBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    harmless_values: ClassVar[Mapping[str, int]] = {}  # fields of related protocols, with what changes nothing
+    harmless_values: ClassVar[Mapping[str, object]] = {}  # fields of related protocols, with what changes nothing
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,81 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from client.routes.errors import documented
+from client.routes.event_stream import event_stream
+from client.routes.json_body import require_json
+from client.routes.openai_answer import DONE, Accepted, Call, Json, finish_reason
+from client.routes.openai_logprobs import TokensOfText, chat_logprobs
+from client.routes.problem import CHAT_PATH, OPENAI
+from client.routes.served import Served
+from client.schemas.openai_chat import ChatChunk, ChatCompletion, ChatRequest
+from server.request_stream import Increment
+from server.tokenizer import Tokenizer
+
+ERRORS = documented(400, 404, 413, 415, 422, 429, 431, 500, 503, dialect=OPENAI)
+
+router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_json)])
+
+
+class ChatAnswer:
+    """One answer to the conversation."""
+
+    def __init__(self, index: int, body: ChatRequest, tokenizer: Tokenizer) -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._tokens = TokensOfText(tokenizer) if body.logprobs else None
+        self._begun = False
+
+    def whole(self, answer: Increment) -> dict[str, Any]:
+        return {
+            "index": self._index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer),
+            "finish_reason": finish_reason(answer),
+        }
+
+    def chunks(self, part: Increment) -> list[dict[str, Any]]:
+        entries = []
+        if not self._begun:
+            self._begun = True
+            entries.append(self._entry({"role": "assistant", "content": "", "refusal": None}))
+        logprobs = self._logprobs(part)
+        if part.text or (logprobs and logprobs["content"]):
+            entries.append(self._entry({"content": part.text}, logprobs))
+        if reason := finish_reason(part):
+            entries.append(self._entry({}, finish_reason=reason))
+        return entries
+
+    def _entry(
+        self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, part: Increment) -> dict[str, Any] | None:
+        return None if self._tokens is None else chat_logprobs(self._tokens.take(part), self._tokenizer)
+
+
+@router.post(
+    CHAT_PATH,
+    response_class=Json,
+    responses={200: {"model": ChatCompletion, "content": event_stream(ChatChunk, end=DONE)}, **ERRORS},
+)
+async def chat_completions(request: Request, deployment: Served, body: ChatRequest) -> Response:
+    """The next message of a conversation: at once, or as a stream if `stream` is true."""
+    call = Call(request, deployment, deployment.model(body.model))
+    params = body.generation_params(deployment.config.limits)
+    prompt = call.model.chat_prompt(body.model, [message.for_template() for message in body.messages])
+    deployment.log_prompt(call.request_id, body.model, prompt)
+    streams = await call.model.submit_all(prompt, params, body.n, call.request_id)
+    tokenizer = call.model.server.tokenizer
+    choices = [ChatAnswer(index, body, tokenizer) for index in range(body.n)]
+    accepted = Accepted(
+        call, body, streams, choices, id_prefix="chatcmpl", kind="chat.completion", chunk_kind="chat.completion.chunk"
+    )
+    return await accepted.respond()
