@@ -73,7 +73,8 @@ class Scheduler:
         self.blocks = blocks
         self._budget = max_num_batched_tokens
         # No more rows than tokens: every decoding row gets its token, and a running prompt at least one.
-        self._seats = list(range(min(max_num_seqs, max_num_batched_tokens)))
+        self._num_seats = min(max_num_seqs, max_num_batched_tokens)
+        self._seats = list(range(self._num_seats))
         self._salt = salt
         self._prefix_caching = prefix_caching and chunks
         self._chunks = chunks
@@ -201,6 +202,12 @@ class Scheduler:
         self.blocks.forget()
         guilty = self._trials.crashed(involved) if crashed else []
         return [request for request in guilty if self.finish(request, "error")]
+
+    def check_idle(self) -> None:
+        """Assert that nothing is owned when nothing is left to do, at a cost that does not grow with the cache."""
+        assert not self.unfinished, "a request is left, and no step for it"
+        assert self.blocks.num_used == 0, "a block is lost, or free twice"
+        assert len(set(self._seats)) == self._num_seats, "a seat is lost or free twice"
 
     def check(self) -> None:
         """Assert that every block and every seat has its owners and no others, and that the order is kept."""

@@ -201,7 +201,7 @@ class StepLoop:
     async def _idle(self) -> None:
         """Nothing is scheduled: pass on the last tokens and wait for work, with an eye on the agents."""
         self._deliver()
-        self._scheduler.check()
+        self._scheduler.check_idle()
         self._work.clear()
         if not await _happens(self._work, PROBE_SECONDS):
             await self._probe()
