@@ -405,7 +405,7 @@ def test_two_servers_on_the_same_agents_do_not_take_turns(roomy: Serving, caplog
             await until(lambda: not first.ready)
             assert await read(second, PROMPTS, greedy(50)) == [by_hand(prompt, 50) for prompt in PROMPTS]
             assert second.ready
-        assert f"replaced by the server with pid {os.getpid()}" in caplog.text
+            await until(lambda: f"replaced by the server with pid {os.getpid()}" in caplog.text)  # at its next probe
 
     run(roomy, main)
 
