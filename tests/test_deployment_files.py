@@ -9,7 +9,8 @@ import msgspec
 import pytest
 import yaml
 
-from config.serving_config import LimitsConfig, LoggingConfig, ModelConfig, ServerConfig, load
+from config.server_config import ServerConfig
+from config.serving_config import LimitsConfig, LoggingConfig, MetricsConfig, ModelConfig, load
 
 FOLDER = Path(__file__).parent.parent / "config"
 REQUIRED = {"path", "names", "agent_ports"}
@@ -24,7 +25,13 @@ def test_every_deployment_can_be_read(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "record"),
-    [("models", ModelConfig), ("server", ServerConfig), ("limits", LimitsConfig), ("logging", LoggingConfig)],
+    [
+        ("models", ModelConfig),
+        ("server", ServerConfig),
+        ("limits", LimitsConfig),
+        ("logging", LoggingConfig),
+        ("metrics", MetricsConfig),
+    ],
 )
 def test_the_default_deployment_shows_every_key_and_its_default(section: str, record: type[msgspec.Struct]) -> None:
     content: Any = yaml.safe_load((FOLDER / "smollm2_cpu.yaml").read_text(encoding="utf-8"))[section]
