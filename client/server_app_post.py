@@ -32,7 +32,8 @@ from client.routes import errors, models, operations, tgi
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
 from config.manifest import ManifestError, read_manifest
-from config.serving_config import ConfigError, ServerConfig, ServingConfig
+from config.server_config import ServerConfig
+from config.serving_config import ConfigError, ServingConfig
 from config.version import __version__
 from server.agent_group import AgentsRefused
 from server.errors import ServingError
@@ -198,7 +199,7 @@ def open_app(config: ServingConfig, announce: Callable[[str], None]) -> AppServe
     """
     try:
         log_to_file(config.logging, LOG_NAME)
-        log_to_console()
+        log_to_console(config.logging)
         logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
         return AppServer(create_app(config, announce))
     except OSError as error:

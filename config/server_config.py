@@ -65,4 +65,4 @@ def server_problems(server: ServerConfig) -> Iterator[str]:
         yield f"server.{missing}: TLS needs a certificate and its key"
     for origin in server.cors_origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
-            yield f"server.cors_origins: {origin!r} is no origin; write it like https://chat.example.org, or '*' for all"
+            yield f"server.cors_origins: {origin!r} is no origin; write it like https://chat.example.org, or '*'"

@@ -40,5 +40,5 @@ def test_the_default_deployment_shows_every_key_and_its_default(section: str, re
     defaults = {field.name: field.default for field in msgspec.structs.fields(record) if not field.required}
     for key, default in defaults.items():
         if default is not msgspec.NODEFAULT:
-            assert shown[key] == default, key
+            assert shown[key] == (list(default) if isinstance(default, tuple) else default), key
     assert set(shown) - set(defaults) == (REQUIRED if section == "models" else set())

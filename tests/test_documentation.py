@@ -34,6 +34,7 @@ KNOWN_HOSTS = {
     "localhost",
     "test",
     "llm",
+    "chat.example.org",
     "www.apache.org",
     "github.com",
     "arxiv.org",
