@@ -93,12 +93,12 @@ class HttpConnection(H11Protocol):
         """Answer and close. Without a path nobody knows whose client this is."""
         response = problem.response(path)
         headers = [*response.raw_headers, (b"connection", b"close")]
-        for event in (
+        events = (
             h11.Response(status_code=response.status_code, headers=headers),
             h11.Data(data=bytes(response.body)),
             h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
 
