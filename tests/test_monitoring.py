@@ -143,3 +143,12 @@ def test_the_scrape_and_the_alerts_belong_together() -> None:
     assert job["static_configs"] == [{"targets": ["127.0.0.1:9811"]}]
     assert any(f'job="{job["job_name"]}"' in alert["expr"] for alert in alerts())
     assert all(alert["annotations"]["summary"] and alert["labels"]["severity"] for alert in alerts())
+
+
+def test_the_list_of_series_is_complete(shown: dict[str, set[str]]) -> None:
+    text = (FOLDER.parent / "operations.md").read_text(encoding="utf-8")
+    listed = {
+        PREFIX + name for name in re.findall(r"^\| `(\w+)` \| (?:gauge|counter|histogram) \|", text, re.MULTILINE)
+    }
+    created = {name for name in shown if name.endswith("_created")}
+    assert listed == {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} - created - {"up"}
