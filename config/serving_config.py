@@ -51,7 +51,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_stop_strings: Positive = 16
     max_top_n_tokens: Positive = 20
     max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
-    max_grammar_seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.5  # of one core, to compile it
+    max_grammar_seconds: PositiveSeconds = 0.5  # of one core, to compile it
     step_seconds: Seconds = 30.0  # of a step, and for each of its tokens …
     step_seconds_per_token: Seconds = 0.5  # … before its agent is taken to hang; far more than any honest step
 

@@ -274,7 +274,7 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
-        self._metrics.restarts.set_function(lambda: self._agents.restarts)
+        self._metrics.show_restarts(lambda: self._agents.restarts)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:

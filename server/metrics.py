@@ -27,7 +27,6 @@ _GAUGES = {
     "num_requests_waiting": "Requests in the queue.",
     "kv_cache_usage_perc": "Share of the KV cache's blocks in use, 0 to 1.",
     "agents_ready": "1 if every agent has answered lately.",
-    "agent_restarts": "Restarts of the agents since their launcher started.",
 }
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens of accepted requests.",
@@ -115,7 +114,6 @@ class ModelMetrics:
         self.waiting = gauges["num_requests_waiting"]
         self.cache_usage = gauges["kv_cache_usage_perc"]
         self.ready = gauges["agents_ready"]
-        self.restarts = gauges["agent_restarts"]
         counters = {name: counter.labels(model_name) for name, counter in metrics.counters.items()}
         self.prompt_tokens = counters["prompt_tokens"]
         self.generation_tokens = counters["generation_tokens"]

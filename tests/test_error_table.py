@@ -16,7 +16,7 @@ from legacy_client import full_queue
 from serving_processes import ROOT, Process, Serving, eventually, serving, standin_deployment
 from test_http_errors import answer_to, raw_exchange
 
-from client.http_edge import MAX_HEADER_BYTES
+from client.http_connection import MAX_HEADER_BYTES
 from server.errors import GenerationFailed
 
 ROWS = {
@@ -89,7 +89,11 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
         "min_new_tokens: is more than max_new_tokens, which is …",
     ),
 ]
-ELSEWHERE = {  # produced by a test of its own below
+ELSEWHERE = {  # produced by a test of its own: the first four in test_guarded_app.py and test_tls.py, the others below
+    "an API key is needed: Authorization: Bearer KEY",
+    "this API key is not known",
+    "the request was not complete within … s",
+    "too many connections are open; try again later",
     "this is not an HTTP request",
     "… requests are waiting already; try again later",
     "the server could not finish this request; its log says why under request id …",

@@ -114,7 +114,9 @@ def test_every_key_opens(stranger: httpx.Client, key: str, scheme: str) -> None:
     ],
 )
 def test_nothing_else_does(stranger: httpx.Client, value: str | bytes) -> None:
-    assert stranger.get("/metrics", headers={b"Authorization": value}).status_code == 401
+    response = stranger.get("/metrics", headers={b"Authorization": value})
+    assert response.status_code == 401
+    assert response.json()["error"] in ("this API key is not known", "an API key is needed: Authorization: Bearer KEY")
 
 
 def test_keys_can_be_changed_while_the_app_runs(guarded: Serving, stranger: httpx.Client) -> None:
@@ -216,7 +218,7 @@ def test_a_request_that_comes_too_slowly_is_a_408(guarded: Serving, start: bytes
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in head.lower()
-    assert "0.5 s" in json.loads(body)["error"]
+    assert json.loads(body)["error"] == "the request was not complete within 0.5 s"
 
 
 def test_a_slow_body_after_its_answer_is_cut(guarded: Serving) -> None:

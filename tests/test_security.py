@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from serving_processes import Serving
+from test_import_directions import CLIENT
 
 from config.serving_config import ConfigError, load
 
@@ -28,10 +29,7 @@ CLIENTS = {
     "urllib3",
     "websockets",
 }
-MAY_CALL_OUT = (
-    "client/inference_client.py",
-    "server/span_export.py",
-)  # a client's own library; where the operator says
+MAY_CALL_OUT = (*CLIENT, "server/span_export.py")  # what runs at a client's; where the operator says
 REMOTE = (
     "server: {{host: {host}, {switches}}}\nmodels: [{{path: x, names: [a], agent_ports: [9], agent_host: {agent}}}]"
 )
@@ -63,7 +61,9 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def callers_out(file: str, tree: ast.AST) -> set[str]:
-    found = {name for name in imported(tree) for client in CLIENTS if f"{name}.".startswith(f"{client}.")}
+    """What calls other servers, or parts of the Python client that do."""
+    clients = CLIENTS | {path.removesuffix(".py").replace("/", ".") for path in CLIENT}
+    found = {name for name in imported(tree) for client in clients if f"{name}.".startswith(f"{client}.")}
     return set() if file in MAY_CALL_OUT else found
 
 
@@ -110,7 +110,12 @@ def test_no_code_of_a_checkpoint_is_run() -> None:
 
 
 def test_the_searches_find_each_danger() -> None:
-    for code in ("import requests", "from urllib import request", "import http.client as c", "import httpx"):
+    for code in (
+        "import requests",
+        "from urllib import request",
+        "import http.client as c",
+        "from client import http_session",
+    ):
         assert callers_out("server/x.py", ast.parse(code)), code
     for code in ("urllib.parse", "http", "socket"):
         assert not callers_out("server/x.py", ast.parse(f"import {code}")), code
