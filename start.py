@@ -94,7 +94,8 @@ def _announce(line: str, config: ServingConfig) -> None:
         if server.tls_certificate:
             words.append(f"--cacert {shlex.quote(server.tls_certificate)}")
         if server.api_key_file:
-            words.append(f'-H "Authorization: Bearer $(tail -n 1 {shlex.quote(server.api_key_file)})"')
+            key = f"$(grep -m 1 '^[^#]' {shlex.quote(server.api_key_file)})"
+            words.append(f'-H "Authorization: Bearer {key}"')
         words.append("-H 'Content-Type: application/json'")
         words.append("""-d '{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 40}}'""")
         print("try:", *words, flush=True)  # noqa: T201

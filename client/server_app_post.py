@@ -25,8 +25,9 @@ import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
-from client.api_keys import ApiKeys, KeyGuard
+from client.api_keys import ApiKeys, KeyGuard, is_open
 from client.deployment import Deployment
 from client.http_connection import MAX_HEADER_BYTES, allow_files, connections_of
 from client.http_edge import HttpEdge
@@ -78,7 +79,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the request's Host header says
-        telemetry={"metrics": False, "logs": False, "operation_spans": False},  # a span for each request is enough
+        telemetry={"metrics": False, "logs": False, "operation_spans": False, "exclude": _leaves_no_span},
     )
     app.state.deployment = deployment
     _surround(app, deployment)
@@ -88,6 +89,12 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     app.include_router(tgi.router)
     describe(app, deployment)
     return app
+
+
+def _leaves_no_span(scope: Scope) -> bool:
+    """Whether a request is one of those that come every few seconds and tell nothing."""
+    path: str = scope.get("path", "")
+    return is_open(path) or path == "/metrics"
 
 
 def _surround(app: FastAPI, deployment: Deployment) -> None:

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving_processes import Serving, serving, standin_deployment
 
-from client.server_app_post import open_app
+from client.server_app_post import create_app
 from config.serving_config import ConfigError, load
 
 KEYS = ["first-key-of-this-test", "second-key-of-this-test"]
@@ -157,7 +157,7 @@ def test_a_file_that_keeps_no_keys_is_refused(tmp_path: Path, content: str | Non
         keys.chmod(mode)
     deployment = standin_deployment(tmp_path, server={"api_key_file": str(keys)})
     with pytest.raises(ConfigError, match=f"server.api_key_file: {keys}: {problem}") as refusal:
-        open_app(load(deployment.config_path), announce=print)
+        create_app(load(deployment.config_path))
     assert not content or content not in str(refusal.value)
 
 

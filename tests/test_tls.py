@@ -143,7 +143,7 @@ def ask(connection: HTTPSConnection, path: str) -> HTTPResponse:
 def test_the_first_request_that_is_shown_works(files: dict[str, str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.touch(0o600)
-    keys.write_text("a-key-that-is-long-enough\n")
+    keys.write_text("# a key\na-key-that-is-long-enough\n")
     deployment = standin_deployment(tmp_path, server={**files, "api_key_file": str(keys)})
     started = Process("start.py", "--config", deployment.config_path)
     try:
