@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "bench": ["psutil"],
+        "otel": ["opentelemetry-api", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
         # transformers with torch is the reference that our networks are compared with; nothing else uses them
         "test": [
             "pytest",
@@ -61,6 +62,10 @@ setup(
             "psutil",
             "safetensors",
             "scipy",
+            "trustme",  # certificates to try TLS with
+            "opentelemetry-api",
+            "opentelemetry-sdk",
+            "opentelemetry-exporter-otlp-proto-http",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -88,10 +89,16 @@ async def _stop_agents(agents: asyncio.subprocess.Process, ended: asyncio.Task[i
 def _announce(line: str, config: ServingConfig) -> None:
     print(line, flush=True)  # noqa: T201
     if line == STARTED:
-        host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        url = f"http://{host}:{config.server.port}/models/{config.models[0].names[0]}/generate_stream"
-        body = '{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 40}}'
-        print(f"try: curl -N {url} -H 'Content-Type: application/json' -d '{body}'", flush=True)  # noqa: T201
+        server = config.server
+        words = [f"curl -N {server.url}/models/{config.models[0].names[0]}/generate_stream"]
+        if server.tls_certificate:
+            words.append(f"--cacert {shlex.quote(server.tls_certificate)}")
+        if server.api_key_file:
+            key = f"$(grep -m 1 '^[^#]' {shlex.quote(server.api_key_file)})"
+            words.append(f'-H "Authorization: Bearer {key}"')
+        words.append("-H 'Content-Type: application/json'")
+        words.append("""-d '{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 40}}'""")
+        print("try:", *words, flush=True)  # noqa: T201
 
 
 def main() -> int:

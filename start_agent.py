@@ -32,7 +32,7 @@ def main() -> int:
         sys.stderr.write(f"start_agent.py: {error}\n")
         return 2
     log_to_file(config.logging, "start_agent")
-    log_to_console()
+    log_to_console(config.logging)
 
     async def run() -> int:
         return await Launcher(config).run()

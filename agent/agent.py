@@ -101,10 +101,10 @@ class Agent:
                 raise checked
             return self._step(plan, *checked, taken_up)
         except PlanError as error:
-            logger.error("step %d: refused: %s", plan.step_id, error)
+            logger.error("step %d: refused: %s", plan.step_id, error, extra={"step_id": plan.step_id})
             return StepError(step_id=plan.step_id, message=f"refused: {error}")
         except Exception as error:
-            logger.exception("step %d: failed", plan.step_id)
+            logger.exception("step %d: failed", plan.step_id, extra={"step_id": plan.step_id})
             self._broken = error if isinstance(error, RunnerBroken) else None
             return StepError(step_id=plan.step_id, message=f"{type(error).__name__}: {error}")
 

@@ -112,7 +112,7 @@ class Deployment:
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics(config.metrics)
         self.models = tuple(ServedModel(model, config, self.metrics) for model in config.models)
         self._by_name = {name: model for model in self.models for name in model.config.names}
         self.created = int(time.time())  # seconds since 1970

@@ -5,30 +5,35 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable
 
-import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from client.api_keys import is_open
+from client.http_connection import MAX_HEADER_BYTES, SURPLUS, headers_too_large
 from client.routes.problem import Problem
-
-MAX_HEADER_BYTES = 16 << 10  # request line and headers together
+from config.log_file import REQUEST_ID
+from server.tracing import join_trace
 
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class HttpEdge:
-    """ASGI middleware around all routes. ``scope["state"]["request_id"]`` holds the id that it takes or makes."""
+    """ASGI middleware around all routes. ``scope["state"]["request_id"]`` holds the id that it takes or makes.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    ``on_answer`` gets the status of each answer; 0: the client left before it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, on_answer: Callable[[int], None] = lambda status: None
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +43,9 @@ class HttpEdge:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0  # no answer: the client left before it
+        REQUEST_ID.set(request_id)  # the task ends with the request
+        join_trace(headers)
+        status = 0
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -54,40 +61,26 @@ class HttpEdge:
             else:
                 await refusal.response(scope["path"])(scope, receive, send_marked)
         finally:
+            self._on_answer(status)
             milliseconds = 1000 * (time.perf_counter() - started)
-            logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, milliseconds)
+            method, path = scope["method"], scope["path"]
+            fields = {"method": method, "path": path, "status": status, "milliseconds": round(milliseconds, 1)}
+            logger.info("%s %s %s %d %.1f ms", request_id, method, path, status, milliseconds, extra=fields)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
         """What can be refused from the headers alone, before a byte of the body is read."""
         line = len(scope["raw_path"]) + len(scope["query_string"])
         if line + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             return headers_too_large()
+        if scope["state"].get(SURPLUS) and not is_open(scope["path"]):
+            headers_of_refusal = {"Retry-After": "1", "Connection": "close"}
+            return Problem(
+                status=429, message="too many connections are open; try again later", headers=headers_of_refusal
+            )
         announced = headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > self._max_body_bytes:
             return Problem(status=413, message=_too_large(self._max_body_bytes))
         return None
-
-
-class JsonH11Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, answering what is no HTTP request in the shape of our other errors."""
-
-    def send_400_response(self, msg: str) -> None:
-        error = sys.exc_info()[1]
-        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        problem = headers_too_large() if hint == 431 else Problem(status=400, message="this is not an HTTP request")
-        response = problem.response(path="")  # nobody knows whose client this is
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=problem.status, headers=headers),
-            h11.Data(data=bytes(response.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-
-def headers_too_large() -> Problem:
-    return Problem(status=431, message=f"the request line and headers are larger than {MAX_HEADER_BYTES} bytes")
 
 
 def _too_large(limit: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from client.api_keys import is_open
 from client.deployment import Deployment
 from client.routes.problem import dialect_of
 from client.schemas.legacy import LegacyEvent
@@ -21,7 +22,8 @@ STREAM_MODELS: tuple[type[BaseModel], ...] = (
     ChatChunk,
     CompletionChunk,
 )  # in streams only, where FastAPI does not look for models
-EVERYWHERE = (413, 431, 500)  # on every path, whatever its route
+EVERYWHERE = (408, 413, 431, 500)  # on every path, whatever its route
+GUARDED = (401, 429)  # on every path but the open ones
 _FRAMEWORK = ("HTTPValidationError", "ValidationError")  # FastAPI's own error bodies, which nothing here answers with
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -67,7 +69,7 @@ def _add_errors(responses: dict[str, Any], path: str) -> None:
         del responses["422"]
     dialect = dialect_of(path)
     body = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=dialect.model.__name__)}}}
-    for status in EVERYWHERE:
+    for status in EVERYWHERE if is_open(path) else (*EVERYWHERE, *GUARDED):
         responses.setdefault(str(dialect.statuses.get(status, status)), {"description": "Error", "content": body})
 
 

@@ -24,19 +24,26 @@ import msgspec
 import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
+from client.api_keys import ApiKeys, KeyGuard, is_open
 from client.deployment import Deployment
-from client.http_edge import MAX_HEADER_BYTES, HttpEdge, JsonH11Protocol
+from client.http_connection import MAX_HEADER_BYTES, allow_files, connections_of
+from client.http_edge import HttpEdge
 from client.openapi import describe
 from client.routes import errors, models, openai_chat, openai_completions, openai_models, openai_tokens, operations, tgi
+from client.tls import server_tls
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
 from config.manifest import ManifestError, read_manifest
-from config.serving_config import ConfigError, ServerConfig, ServingConfig
+from config.server_config import ServerConfig
+from config.serving_config import ConfigError, ServingConfig
 from config.version import __version__
 from server.agent_group import AgentsRefused
 from server.errors import ServingError
 from server.token_bytes import TokenizerError
+from server.tracing import start_tracing
 
 DEFAULT_CONFIG = "config/smollm2_cpu.yaml"
 LOG_NAME = "server_app"
@@ -53,6 +60,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     """The app of one deployment; ``announce`` gets its start-up lines, ``STARTED`` last.
 
     Raises:
+        ConfigError: the file of API keys cannot be used.
         ManifestError, TokenizerError: a model's folder cannot be used.
     """
     deployment = Deployment(config)
@@ -71,14 +79,39 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the redirect would go wherever the request's Host header says
+        telemetry={"metrics": False, "logs": False, "operation_spans": False, "exclude": _leaves_no_span},
     )
     app.state.deployment = deployment
-    app.add_middleware(HttpEdge, max_body_bytes=config.limits.max_body_bytes)
+    _surround(app, deployment)
     errors.install(app)
     for part in (models, operations, tgi, openai_chat, openai_completions, openai_models, openai_tokens):
         app.include_router(part.router)
     describe(app, deployment)
     return app
+
+
+def _leaves_no_span(scope: Scope) -> bool:
+    """Whether a request is one of those that come every few seconds and tell nothing."""
+    path: str = scope.get("path", "")
+    return is_open(path) or path == "/metrics"
+
+
+def _surround(app: FastAPI, deployment: Deployment) -> None:
+    """What a request passes before a route sees it, from the inside out."""
+    config = deployment.config
+    if config.server.api_key_file:
+        app.add_middleware(KeyGuard, keys=ApiKeys(config.server.api_key_file))
+    if config.server.cors_origins:  # a browser asks without a key whether it may call
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+    app.add_middleware(
+        HttpEdge, max_body_bytes=config.limits.max_body_bytes, on_answer=deployment.metrics.count_response
+    )
 
 
 async def _start(deployment: Deployment, announce: Callable[[str], None]) -> None:
@@ -93,13 +126,20 @@ class AppServer(uvicorn.Server):
 
     Attributes:
         failure: why the models could not be started; the server ends then.
+
+    Raises:
+        ConfigError: the files for TLS cannot be used.
     """
 
     def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._deployment: Deployment = app.state.deployment
+        config = self._deployment.config
+        tls = server_tls(config.server)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=JsonH11Protocol,
+                http=connections_of(config),
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -107,14 +147,14 @@ class AppServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=config.server.keep_alive_seconds,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=FLUSH_SECONDS,
                 backlog=BACKLOG,
             )
         )
         AppStatus.enable_automatic_graceful_drain = False  # streams end with the drain, not with the signal
         self.failure: str | None = None
-        self._app = app
-        self._deployment: Deployment = app.state.deployment
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -193,12 +233,14 @@ def open_app(config: ServingConfig, announce: Callable[[str], None]) -> AppServe
     """The app with its log, not yet serving.
 
     Raises:
-        ConfigError: the log cannot be written, or a model's folder cannot be used.
+        ConfigError: the log cannot be written, a model's folder cannot be used, or files of keys cannot.
     """
     try:
         log_to_file(config.logging, LOG_NAME)
-        log_to_console()
+        log_to_console(config.logging)
         logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
+        start_tracing()
+        allow_files(config.limits.max_connections)
         return AppServer(create_app(config, announce))
     except OSError as error:
         raise ConfigError(f"logging.folder: {error}") from None

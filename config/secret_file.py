@@ -1,4 +1,4 @@
-"""The secret that the app and the agents of a model share, in a file that only its owner can read."""
+"""Files that only their owner can read, and the secret that the app and the agents of a model share in one."""
 
 from __future__ import annotations
 
@@ -31,14 +31,26 @@ def read_secret(path: Path) -> bytes:
     Raises:
         SecretError: it is missing, others can read it, or it is too short or too long.
     """
+    secret = read_private(path, LONGEST_SECRET)
+    if len(secret) < SECRET_BYTES:
+        raise SecretError(f"{path}: holds {len(secret)} bytes; a secret has {SECRET_BYTES} to {LONGEST_SECRET}")
+    return secret
+
+
+def read_private(path: Path, longest: int) -> bytes:
+    """The content of a file of at most ``longest`` bytes that only its owner can read.
+
+    Raises:
+        SecretError: it is missing, others can read it, or it is too long.
+    """
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            secret = file.read(LONGEST_SECRET + 1)
+            content = file.read(longest + 1)
     except OSError as error:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from None
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SecretError(f"{path}: other users can read it; run chmod 600 on it")
-    if not SECRET_BYTES <= len(secret) <= LONGEST_SECRET:
-        raise SecretError(f"{path}: holds {status.st_size} bytes; a secret has {SECRET_BYTES} to {LONGEST_SECRET}")
-    return secret
+    if len(content) > longest:
+        raise SecretError(f"{path}: holds {status.st_size} bytes; at most {longest} can be used")
+    return content

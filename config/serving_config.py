@@ -7,24 +7,21 @@ file, the key and what is allowed there, before anything starts.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import math
 import re
 import typing
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
+from config.server_config import Port, Positive, PositiveSeconds, Seconds, ServerConfig, is_loopback, server_problems
+
 Target = Literal["cpu", "ascend", "standin"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
 
 # A prompt template names one of these, or spells itself out with "{prompt}" in it.
 PROMPT_TEMPLATES = {
@@ -39,15 +36,6 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message names the file and the key."""
 
 
-class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The HTTP side of the deployment."""
-
-    host: str = "127.0.0.1"
-    port: Port = 9811
-    allow_remote: bool = False  # a host other than loopback must be asked for
-    drain_seconds: Seconds = 30.0
-
-
 class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one model accepts at a time; beyond it a request is refused by name, never dropped."""
 
@@ -59,11 +47,12 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_prompt_tokens: Positive | None = None  # None: what the context and the cache hold
     max_new_tokens: Positive | None = None
     prefix_caching: bool = True  # requests share the cache blocks of a begin that they have in common
+    max_connections: Positive = 4096  # of clients; each takes a file of this process
     max_body_bytes: Positive = 2 << 20
     max_stop_strings: Positive = 16
     max_top_n_tokens: Positive = 20
     max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
-    max_grammar_seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.5  # of one core, to compile it
+    max_grammar_seconds: PositiveSeconds = 0.5  # of one core, to compile it
     step_seconds: Seconds = 30.0  # of a step, and for each of its tokens …
     step_seconds_per_token: Seconds = 0.5  # … before its agent is taken to hang; far more than any honest step
 
@@ -77,7 +66,21 @@ class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     folder: str = "output"
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"  # json: one object a line
+    file_size: str = "16MiB"  # of each process's log before it is rotated
+    files_kept: Positive = 4  # of those that were rotated away
     prompts: bool = False  # prompts are private: off unless asked for
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of a log file before it is rotated."""
+        return parse_size(self.file_size)
+
+
+class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How ``/metrics`` names what it counts."""
+
+    prefix: str = "mindspore_llm_"  # "vllm:" for boards and alerts that were made for vLLM
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,6 +118,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     def model(self, name: str) -> ModelConfig | None:
         """The model that serves ``name``, if one does."""
@@ -164,16 +168,6 @@ def load(path: str | Path) -> ServingConfig:
     return config
 
 
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class _StrictLoader(yaml.SafeLoader):
     """YAML's plain values. A key given twice is an error: the last one would silently win."""
 
@@ -216,6 +210,7 @@ def _record_at(place: str) -> type[msgspec.Struct]:
         "server": ServerConfig,
         "limits": LimitsConfig,
         "logging": LoggingConfig,
+        "metrics": MetricsConfig,
     }
     return records.get(re.split(r"[.\[]", place)[0], ServingConfig)
 
@@ -224,13 +219,19 @@ def _problems(config: ServingConfig) -> Iterator[str]:
     """What the types cannot say: each problem names its key."""
     if not config.models:
         yield "models: needs at least one model"
-    if not math.isfinite(config.server.drain_seconds):
-        yield "server.drain_seconds: needs a finite number"
     hosts = [("server.host", config.server.host)]
     hosts += [(f"models[{i}].agent_host", model.agent_host) for i, model in enumerate(config.models)]
     for key, host in hosts:
         if not is_loopback(host) and not config.server.allow_remote:
             yield f"{key}: {host} is not loopback; set server.allow_remote: true if other machines may connect"
+    yield from server_problems(config.server)
+    try:
+        if config.logging.file_bytes < 1:
+            yield "logging.file_size: must be more than nothing"
+    except ValueError as error:
+        yield f"logging.file_size: {error}"
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", config.metrics.prefix):
+        yield f"metrics.prefix: {config.metrics.prefix!r} cannot begin a Prometheus name; use letters, digits, '_', ':'"
     names: dict[str, str] = {}
     addresses = {(config.server.host, config.server.port): "server.port"}
     for i, model in enumerate(config.models):

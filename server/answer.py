@@ -15,7 +15,6 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
         self.mailbox = Mailbox()
-        self.last_token_at: float | None = None  # seconds, of the clock of ``request.arrival``
         self._tokenizer = tokenizer
         self._decoder = tokenizer.incremental_decoder()
         self._stops = StopChecker(request.params.stop)

@@ -22,10 +22,12 @@ from server.answer import Answer
 from server.errors import ContextExceeded, InvalidRequest, NotServing, Overloaded
 from server.grammar import GrammarCompiler
 from server.metrics import Metrics, ModelMetrics
+from server.observer import Observer
 from server.request import GenerationParams, Request
 from server.request_stream import RequestStream
 from server.step_loop import StepLoop
 from server.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
+from server.tracing import open_spans
 
 ENCODE_IN_THREAD = 4096  # characters of a prompt that take long enough (about 4 ms) to be worth a thread
 
@@ -105,7 +107,8 @@ class LLMServer:
             AgentsRefused: the agents that are there cannot serve this model.
         """
         self._hello = await self._agents.connect()
-        self._loop = StepLoop(self._agents, self._hello, self._limits, self._metrics)
+        observer = Observer(self._metrics, open_spans(self.name))
+        self._loop = StepLoop(self._agents, self._hello, self._limits, self._metrics, observer)
         self._show(self._loop)
         self._task = asyncio.create_task(self._loop.run(), name=f"steps of {self.name}")
         self._accepting = True
@@ -171,6 +174,7 @@ class LLMServer:
             )
             for index in range(n)
         ]
+        self._metrics.n.observe(n)
         for answer in answers:
             loop.add(answer)
         return [
@@ -293,7 +297,7 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
-        self._metrics.restarts.set_function(lambda: self._agents.restarts)
+        self._metrics.show_restarts(lambda: self._agents.restarts)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:

@@ -22,6 +22,7 @@ from server.answer import Answer
 from server.block_manager import BlockManager
 from server.errors import GenerationFailed, Overloaded
 from server.metrics import ModelMetrics
+from server.observer import Observer
 from server.request import FinishReason, Request
 from server.scheduler import Scheduler
 from server.step import Step
@@ -47,11 +48,14 @@ class Sent:
 class StepLoop:
     """Runs the requests of one model. All methods but ``run`` and ``drained`` return at once, on one event loop."""
 
-    def __init__(self, agents: AgentGroup, hello: Hello, limits: LimitsConfig, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, agents: AgentGroup, hello: Hello, limits: LimitsConfig, metrics: ModelMetrics, observer: Observer
+    ) -> None:
         self._agents = agents
         self._hello = hello
         self._limits = limits
-        self._metrics = metrics
+        self._metrics = metrics  # of its steps
+        self._observer = observer  # of its requests
         self._scheduler = self._new_scheduler()
         self._answers: dict[Request, Answer] = {}
         self._timers: dict[Request, list[asyncio.TimerHandle]] = {}
@@ -97,7 +101,7 @@ class StepLoop:
         self._answers[answer.request] = answer
         self._empty.clear()
         self._scheduler.add(answer.request)
-        self._metrics.prompt_tokens.inc(len(answer.request.prompt_ids))
+        self._observer.accepted(answer.request)
         self._timers[answer.request] = [
             asyncio.get_running_loop().call_at(answer.request.arrival + seconds, late, answer)
             for seconds, late in ((self._limits.max_queue_seconds, self._tire), (self._limits.max_seconds, self._cut))
@@ -175,15 +179,8 @@ class StepLoop:
             self._agents.send(sent.plan)
             now = time.monotonic()
             self._metrics.plan.observe(now - started)
-            self._count(step, now)
+            self._observer.sent(step, now)
             started = now
-
-    def _count(self, step: Step, now: float) -> None:
-        self._metrics.rows.observe(len(step.rows))
-        self._metrics.preemptions.inc(step.num_preempted)
-        for request in step.admitted:
-            if request.num_admissions == 1:
-                self._metrics.queue_time.observe(now - request.arrival)
 
     async def _finish_step(self) -> None:
         """Wait for the oldest step; what the one before it brought goes to the clients meanwhile."""
@@ -232,19 +229,11 @@ class StepLoop:
         for request, scored in result.tokens():
             if answer := self._answers.get(request):
                 reason = answer.add_token(answer.token(*scored), request.finish_reason)
-                self._count_token(answer, now)
+                self._observer.token(request, now)
                 if reason:
                     self._end(answer, reason)
         self._undelivered = None
         self._metrics.post.observe(time.monotonic() - now)
-
-    def _count_token(self, answer: Answer, now: float) -> None:
-        self._metrics.generation_tokens.inc()
-        if answer.last_token_at is None:
-            self._metrics.first_token.observe(now - answer.request.arrival)
-        else:
-            self._metrics.inter_token.observe(now - answer.last_token_at)
-        answer.last_token_at = now
 
     def _end(self, answer: Answer, reason: FinishReason) -> None:
         """End a request, for whatever reason."""
@@ -256,10 +245,7 @@ class StepLoop:
         del self._answers[request]
         for timer in self._timers.pop(request):
             timer.cancel()
-        self._metrics.finished[reason].inc()
-        self._metrics.whole_request.observe(time.monotonic() - request.arrival)
-        tokens = f"{len(request.prompt_ids)} + {len(request.output_ids)} tokens"
-        _log.info("request %s: %s, %s", request.request_id, reason, tokens)
+        self._observer.ended(request, reason, time.monotonic())
         if not self._answers:
             self._empty.set()
 

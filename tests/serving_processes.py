@@ -162,12 +162,13 @@ def standin_deployment(
 ) -> Serving:
     """Write a configuration of stand-in models into ``folder``, on free ports.
 
-    Each of ``models`` changes the defaults of one model, ``sections`` those of ``server``, ``limits`` and ``logging``.
+    Each of ``models`` changes the defaults of one model, ``sections`` those of the other sections.
     """
     port, *agent_ports = free_ports(1 + len(models))
     content = {
         "server": {"port": port, **sections.get("server", {})},
         "limits": dict(sections.get("limits", {})),
+        "metrics": dict(sections.get("metrics", {})),
         "logging": {"folder": str(folder / "logs"), **sections.get("logging", {})},
         "models": [
             {

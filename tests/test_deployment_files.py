@@ -9,7 +9,8 @@ import msgspec
 import pytest
 import yaml
 
-from config.serving_config import LimitsConfig, LoggingConfig, ModelConfig, ServerConfig, load
+from config.server_config import ServerConfig
+from config.serving_config import LimitsConfig, LoggingConfig, MetricsConfig, ModelConfig, load
 
 FOLDER = Path(__file__).parent.parent / "config"
 REQUIRED = {"path", "names", "agent_ports"}
@@ -24,7 +25,13 @@ def test_every_deployment_can_be_read(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "record"),
-    [("models", ModelConfig), ("server", ServerConfig), ("limits", LimitsConfig), ("logging", LoggingConfig)],
+    [
+        ("models", ModelConfig),
+        ("server", ServerConfig),
+        ("limits", LimitsConfig),
+        ("logging", LoggingConfig),
+        ("metrics", MetricsConfig),
+    ],
 )
 def test_the_default_deployment_shows_every_key_and_its_default(section: str, record: type[msgspec.Struct]) -> None:
     content: Any = yaml.safe_load((FOLDER / "smollm2_cpu.yaml").read_text(encoding="utf-8"))[section]
@@ -33,5 +40,5 @@ def test_the_default_deployment_shows_every_key_and_its_default(section: str, re
     defaults = {field.name: field.default for field in msgspec.structs.fields(record) if not field.required}
     for key, default in defaults.items():
         if default is not msgspec.NODEFAULT:
-            assert shown[key] == default, key
+            assert shown[key] == (list(default) if isinstance(default, tuple) else default), key
     assert set(shown) - set(defaults) == (REQUIRED if section == "models" else set())

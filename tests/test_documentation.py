@@ -20,7 +20,8 @@ from serving_processes import serving
 
 from client.schemas.legacy import DEFAULT_MAX_NEW_TOKENS, LegacyParameters, LegacyRequest
 from config import serving_config
-from config.serving_config import LimitsConfig, LoggingConfig, ModelConfig, ServerConfig
+from config.server_config import ServerConfig
+from config.serving_config import LimitsConfig, LoggingConfig, MetricsConfig, ModelConfig
 from config.version import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +34,19 @@ KNOWN_HOSTS = {
     "localhost",
     "test",
     "llm",
+    "chat.example.org",
     "www.apache.org",
     "github.com",
     "arxiv.org",
     "www.w3.org",
 }  # that a file may name
-CONFIG_SECTIONS = {"models": ModelConfig, "server": ServerConfig, "limits": LimitsConfig, "logging": LoggingConfig}
+CONFIG_SECTIONS = {
+    "models": ModelConfig,
+    "server": ServerConfig,
+    "limits": LimitsConfig,
+    "logging": LoggingConfig,
+    "metrics": MetricsConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ def test_files_modules_and_keys_that_are_named_exist(document: str) -> None:
     for span in spans(document):
         if re.fullmatch(rf"(?:{'|'.join(PACKAGES)}|docs|tests)/[\w./-]*", span):
             assert (ROOT / span).exists(), f"{document}: {span}"
-        elif named := re.fullmatch(rf"({'|'.join((*PACKAGES, 'limits', 'logging'))})\.((?!py$)\w+)", span):
+        elif named := re.fullmatch(rf"({'|'.join((*PACKAGES, 'limits', 'logging', 'metrics'))})\.((?!py$)\w+)", span):
             section, name = named.groups()
             key = name in getattr(CONFIG_SECTIONS.get(section), "__struct_fields__", ())
             assert key or (ROOT / section / f"{name}.py").is_file(), f"{document}: {span} is no key and no module"

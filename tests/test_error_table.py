@@ -18,7 +18,7 @@ from legacy_client import full_queue
 from serving_processes import ROOT, Process, Serving, eventually, serving, standin_deployment
 from test_http_errors import answer_to, raw_exchange
 
-from client.http_edge import MAX_HEADER_BYTES
+from client.http_connection import MAX_HEADER_BYTES
 from server.errors import GenerationFailed
 
 ROWS = {
@@ -129,7 +129,11 @@ OPENAI: list[tuple[str, dict[str, Any], str]] = [
         "this server has no /v1/…; it has /v1/chat/completions, /v1/completions and /v1/models",
     ),
 ]
-ELSEWHERE = {  # produced by a test of its own below
+ELSEWHERE = {  # produced by a test of its own: the first four in test_guarded_app.py and test_tls.py, the others below
+    "an API key is needed: Authorization: Bearer KEY",
+    "this API key is not known",
+    "the request was not complete within … s",
+    "too many connections are open; try again later",
     "this is not an HTTP request",
     "… requests are waiting already; try again later",
     "the server could not finish this request; its log says why under request id …",

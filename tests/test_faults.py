@@ -92,7 +92,7 @@ def test_readiness_while_the_agent_is_away(faulty: Faulty) -> None:
     eventually(lambda: faulty.client.get("/health/ready").status_code == 503)  # noticed though nothing runs
     eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
     assert faulty.agent().pid != before
-    assert faulty.gauge("agent_restarts") >= 1
+    assert faulty.gauge("agent_restarts_total") >= 1
     assert "was ended by SIGKILL after no sign of life for 5 s; starting its model again" in faulty.agents.output
 
 

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from legacy_client import ask
 from serving_processes import Serving
 
-from client.http_edge import MAX_HEADER_BYTES, HttpEdge
+from client.http_connection import MAX_HEADER_BYTES
+from client.http_edge import HttpEdge
 from client.routes import errors
 from server.errors import GenerationFailed, InvalidRequest, NotServing, Overloaded
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 # The scheduling core: no clock, no sockets, no event loop, and nothing of ours that has them.
 PURE = tuple(
     f"server/{noun}.py"
-    for noun in ("block_manager", "prefix_keys", "request", "scheduler", "step", "step_plan", "trials")
+    for noun in ("block_manager", "prefix_keys", "request", "request_times", "scheduler", "step", "step_plan", "trials")
 )
 PURE_MAY_IMPORT = ["agent.protocol", *(file.removesuffix(".py").replace("/", ".") for file in PURE)]
 # What speaks to a server over HTTP like everybody else, though it lives in the app's package.
@@ -50,6 +50,7 @@ CLIENT = (
 )
 CLIENT_MAY_IMPORT = ["config.version", *(file.removesuffix(".py").replace("/", ".") for file in CLIENT)]
 IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select", "socket", "threading", "time"]
+OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
 MINDSPORE_IN = ("agent/model_runner.py", "models/", "kernels/")
 
 
@@ -144,12 +145,16 @@ def test_the_python_client_starts_without_the_server() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def requirements(argument: str) -> set[str]:
-    """The distributions that setup.py lists under ``install_requires``, or in all of ``extras_require``."""
+def requirements(argument: str, extra: str | None = None) -> set[str]:
+    """The distributions that setup.py lists under ``install_requires``, or in one or all of ``extras_require``."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     [value] = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == argument]
     found = ast.literal_eval(value)
-    lines = found if isinstance(found, list) else [line for lines in found.values() for line in lines]
+    lines = (
+        found
+        if isinstance(found, list)
+        else [line for name, lines in found.items() if extra in (None, name) for line in lines]
+    )
     return {normal(re.split(r"[\s<>=!~;\[]", line)[0]) for line in lines}
 
 
@@ -169,8 +174,16 @@ def undeclared(files: Collection[str], declared: Collection[str], ours: Collecti
 
 
 def test_all_that_is_imported_is_declared() -> None:
-    files = [file for file in sources() if file != "setup.py"]
+    files = {*sources()} - {"setup.py", *OPTIONAL}
     assert undeclared(files, requirements("install_requires"), OURS) == {}, "add them to install_requires in setup.py"
+    declared = requirements("install_requires") | requirements("extras_require", "otel")
+    assert undeclared(OPTIONAL, declared, OURS) == {}, "add them to the extra otel in setup.py"
+
+
+def test_what_is_optional_is_imported_late() -> None:
+    modules = {file.removesuffix(".py").replace("/", ".") for file in OPTIONAL}
+    code = f"import sys, client.server_app_post; sys.exit(not {modules}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_all_that_tests_import_is_declared() -> None:

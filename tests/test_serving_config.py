@@ -25,6 +25,17 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         (STANDIN % "" + "\nserver: {drain_seconds: .nan}", "server.drain_seconds: "),
         (STANDIN.replace("standin", "gpu") % "", r"models\[0\].target: .*'gpu'; one of cpu, ascend, standin"),
         (STANDIN % "" + "\nlogging: {level: loud}", "logging.level: .*'loud'; one of debug, info, warning, error"),
+        (STANDIN % "" + "\nserver: {receive_timeout_seconds: .inf}", "server.receive_timeout_seconds: needs a finite"),
+        (STANDIN % "" + "\nserver: {receive_timeout_seconds: 0}", "server.receive_timeout_seconds: "),
+        (
+            STANDIN % "" + "\nserver: {cors_origins: ['https://test/']}",
+            "server.cors_origins: 'https://test/' is no origin",
+        ),
+        (STANDIN % "" + "\nlogging: {format: xml}", "logging.format: .*'xml'; one of text, json"),
+        (STANDIN % "" + "\nlogging: {file_size: big}", "logging.file_size: 'big' is not a size"),
+        (STANDIN % "" + "\nlogging: {file_size: 0B}", "logging.file_size: must be more"),
+        (STANDIN % "" + "\nmetrics: {prefix: 'my-'}", "metrics.prefix: 'my-' cannot begin a Prometheus name"),
+        (STANDIN % "" + "\nmetrics: {prefx: a}", "metrics.prefx: unknown key, did you mean prefix"),
         (STANDIN % "" + "\nserver: {prot: 1}", "server.prot: unknown key, did you mean port"),
     ],
 )
