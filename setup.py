@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=["agent", "client", "client.routes", "client.schemas", "config", "kernels", "models", "server"],
     py_modules=["start", "start_agent"],
-    package_data={"kernels": ["*.cc", "*.h"]},
+    package_data={"kernels": ["*.cc", "*.h"], "client": ["web/*"]},
     install_requires=[
         "mindspore==2.10.0",
         "numpy>=1.26,<2",  # MindSpore 2.10 breaks bfloat16 with numpy 2
@@ -60,6 +60,7 @@ setup(
             "langchain-openai",
             "schemathesis",  # asks what /openapi.json promises
             "psutil",
+            "playwright",  # drives the Chromium of the system
             "safetensors",
             "scipy",
             "trustme",  # certificates to try TLS with

@@ -117,12 +117,18 @@ class Deployment:
         self._by_name = {name: model for model in self.models for name in model.config.names}
         self.created = int(time.time())  # seconds since 1970
         self.draining = False
+        self._created = time.monotonic()
         self._starting: asyncio.Future[list[None]] | None = None
 
     @property
     def first_name(self) -> str:
         """The served name that is meant where a request gives none."""
         return self.models[0].config.names[0]
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the app was started."""
+        return time.monotonic() - self._created
 
     def model(self, name: str) -> ServedModel:
         """The model that answers to ``name``.

@@ -32,7 +32,17 @@ from client.deployment import Deployment
 from client.http_connection import MAX_HEADER_BYTES, allow_files, connections_of
 from client.http_edge import HttpEdge
 from client.openapi import describe
-from client.routes import errors, models, openai_chat, openai_completions, openai_models, openai_tokens, operations, tgi
+from client.routes import (
+    errors,
+    models,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_tokens,
+    operations,
+    page,
+    tgi,
+)
 from client.tls import server_tls
 from config import serving_config
 from config.log_file import log_to_console, log_to_file
@@ -62,6 +72,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     Raises:
         ConfigError: the file of API keys cannot be used.
         ManifestError, TokenizerError: a model's folder cannot be used.
+        OSError: the page's files cannot be read.
     """
     deployment = Deployment(config)
 
@@ -86,6 +97,7 @@ def create_app(config: ServingConfig, announce: Callable[[str], None] = logger.i
     errors.install(app)
     for part in (models, operations, tgi, openai_chat, openai_completions, openai_models, openai_tokens):
         app.include_router(part.router)
+    app.include_router(page.page_router(page.read_files()))
     describe(app, deployment)
     return app
 
@@ -238,12 +250,13 @@ def open_app(config: ServingConfig, announce: Callable[[str], None]) -> AppServe
     try:
         log_to_file(config.logging, LOG_NAME)
         log_to_console(config.logging)
-        logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
-        start_tracing()
-        allow_files(config.limits.max_connections)
-        return AppServer(create_app(config, announce))
     except OSError as error:
         raise ConfigError(f"logging.folder: {error}") from None
+    logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at debug level it logs every answer
+    start_tracing()
+    allow_files(config.limits.max_connections)
+    try:
+        return AppServer(create_app(config, announce))
     except (ManifestError, TokenizerError) as error:
         raise ConfigError(str(error)) from None
 

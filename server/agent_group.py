@@ -89,6 +89,11 @@ class AgentGroup:
         state = read_state(self._state_path)
         return state.restarts if state else 0
 
+    @property
+    def connections(self) -> dict[str, bool]:
+        """The address of every agent, in the order of ranks, and whether it is connected."""
+        return {f"{self._model.agent_host}:{port}": port in self._agents for port in self._model.agent_ports}
+
     async def connect(self) -> Hello:
         """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.
 

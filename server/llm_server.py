@@ -79,6 +79,11 @@ class LLMServer:
         return self._accepting and self._loop is not None and self._loop.ready
 
     @property
+    def agent_connections(self) -> dict[str, bool]:
+        """The address of every agent, in the order of ranks, and whether it is connected."""
+        return self._agents.connections
+
+    @property
     def batch_size(self) -> int:
         """Rows of the step that is running."""
         return self._loop.batch_size if self._loop else 0

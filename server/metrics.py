@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from config.serving_config import MetricsConfig
@@ -84,6 +85,11 @@ class Metrics:
         """An HTTP request was answered; 0: its client left before."""
         self._responses.labels(status).inc()
 
+    def values(self, model_name: str) -> dict[str, float]:
+        """What the gauges and counters of one model stand at, by their names without prefix and suffix."""
+        series = {**self.gauges, **self.counters}
+        return {name: _value(one.labels(model_name)) for name, one in series.items()}
+
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -103,6 +109,11 @@ class AgentRestarts(Collector):
         for model_name, read in self.readers.items():
             family.add_metric([model_name], read())
         yield family
+
+
+def _value(series: MetricWrapperBase) -> float:
+    [metric] = series.collect()
+    return metric.samples[0].value  # a counter's second sample is when it was made
 
 
 class ModelMetrics:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from browser import COMPLETIONS, Browser, Ui, chromium, go_on_for_ever, running, ui
 from native_call import NativeLibrary
-from serving_processes import Serving, serving
+from serving_processes import Serving, eventually, serving
 
 TEMPLATES = {"internlm-chat": "internlm", "chat": "chat"}
 
@@ -48,3 +49,26 @@ def native(request: pytest.FixtureRequest) -> NativeLibrary:
     opened = NativeLibrary()
     opened.own.set_threads(request.param)
     return opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium. Only for one module: while it is open, an event loop runs in this thread."""
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def shown(browser: Browser, standin: Serving) -> Iterator[Ui]:
+    """The page of ``standin``, at hand."""
+    with ui(browser, standin.url) as opened:
+        yield opened.open()
+
+
+@pytest.fixture
+def slow(browser: Browser, slow_standin: Serving) -> Iterator[Ui]:
+    """The page of ``slow_standin``, whose answers go on until they are stopped: the page has no setting for that."""
+    with ui(browser, slow_standin.url) as opened:
+        opened.page.route(COMPLETIONS, go_on_for_ever)
+        yield opened.open()
+    eventually(lambda: running(slow_standin) == 0)

@@ -219,7 +219,7 @@ def test_the_architecture_names_every_file(package: str) -> None:
     named = set(re.findall(r"`([\w/]+\.\w+)`", section[1]))
     there = {
         path.relative_to(ROOT / package).as_posix()
-        for ending in ("*.py", "*.cc", "*.h", "*.sh", "*.txt")
+        for ending in ("*.py", "*.cc", "*.h", "*.sh", "*.txt", "*.html", "*.css", "*.js", "*.svg")
         for path in (ROOT / package).rglob(ending)
         if path.name != "__init__.py"
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import TEMPLATES
 from legacy_client import ask, events
 from prometheus_client.parser import text_string_to_metric_families
-from serving_processes import Serving, eventually, serving
+from serving_processes import Serving, eventually, serving, standin_deployment
 
 from agent.arithmetic_model import answer
+from config.version import __version__
 
 LONG = {"ignore_eos": True, "max_new_tokens": 4000, "return_full_text": False}
 
@@ -132,6 +135,57 @@ def test_models_are_counted_together_or_one_by_one(tmp_path: Path) -> None:
             eventually(lambda: number(client, "/serving/get_bs?model=llama2") == 1)
             assert number(client, "/serving/get_bs?model=second") == 0
             assert ask(client, "hi", name="second", max_new_tokens=3) == {"generated_text": answer("hi", 3)}
+
+
+def test_the_status_says_what_the_metrics_say(client: httpx.Client) -> None:
+    before = client.get("/serving/status").json()
+    ask(client, "hi", max_new_tokens=7, ignore_eos=True)
+    eventually(lambda: idle(client))
+    status = client.get("/serving/status").json()
+    assert (status["version"], status["draining"]) == (__version__, False)
+    assert status["uptime_seconds"] > before["uptime_seconds"] > 0
+    [model], [earlier] = status["models"], before["models"]
+    assert model["names"] == ["llama2", "internlm", *TEMPLATES]
+    assert (model["ready"], model["context_length"], model["max_running"]) == (True, 8192, 64)
+    assert (model["running"], model["waiting"], model["cache_usage"]) == (0, 0, 0.0)
+    assert model["generation_tokens"] == earlier["generation_tokens"] + 7 == gauge(client, "generation_tokens_total")
+    assert model["prompt_tokens"] > earlier["prompt_tokens"]
+    assert model["preemptions"] == gauge(client, "num_preemptions_total")
+    [agent] = model["agents"]
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", agent["address"])
+    assert agent["connected"] is True
+
+
+def test_the_status_shows_the_batch_the_queue_and_the_cache(slow_standin: Serving) -> None:
+    client = slow_standin.client()
+
+    def counts() -> tuple[int, int, bool]:
+        [model] = client.get("/serving/status").json()["models"]
+        return model["running"], model["waiting"], model["cache_usage"] > 0
+
+    with ThreadPoolExecutor() as threads:
+        with running(client), running(client):  # there are two seats
+            call = threads.submit(ask, client, "hi", max_new_tokens=3)
+            eventually(lambda: counts() == (2, 1, True))
+        assert call.result() == {"generated_text": answer("hi", 3)}
+    eventually(lambda: counts() == (0, 0, False))
+
+
+def test_the_status_tells_of_agents_that_are_away(tmp_path: Path) -> None:
+    deployment = standin_deployment(tmp_path)
+    try:
+        agents = deployment.start_agents()
+        deployment.start_app()
+        client = deployment.client()
+        agents.stop()
+
+        def away() -> bool:
+            [model] = client.get("/serving/status").json()["models"]
+            return (model["ready"], [agent["connected"] for agent in model["agents"]]) == (False, [False])
+
+        eventually(away)
+    finally:
+        deployment.stop()
 
 
 def test_the_log_has_one_line_for_each_request_and_no_prompt(standin: Serving, client: httpx.Client) -> None:

@@ -15,6 +15,8 @@ from client.routes.event_stream import event_stream
 from client.routes.legacy_formats import PING_SECONDS, event
 from client.routes.served import Served
 from client.schemas.legacy import LegacyEvent
+from client.schemas.status import AgentStatus, ModelStatus, ServingStatus
+from config.version import __version__
 
 router = APIRouter(tags=["operations"])
 
@@ -37,6 +39,17 @@ async def get_request_numbers(deployment: Served, model: OneModel = None) -> Res
     return _total(deployment, model, lambda served: served.server.num_waiting)
 
 
+@router.get("/serving/status")
+async def status(deployment: Served) -> ServingStatus:
+    """Load, queue, cache and agents of every model, for a page that asks again each second."""
+    return ServingStatus(
+        version=__version__,
+        uptime_seconds=deployment.uptime_seconds,
+        draining=deployment.draining,
+        models=[_status(model, deployment) for model in deployment.models],
+    )
+
+
 @router.get("/health/live")
 async def live() -> dict[str, str]:
     """The process answers."""
@@ -57,6 +70,26 @@ async def ready(deployment: Served) -> dict[str, str]:
 async def metrics(deployment: Served) -> Response:
     """Prometheus text."""
     return Response(deployment.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+
+def _status(model: ServedModel, deployment: Deployment) -> ModelStatus:
+    values = deployment.metrics.values(model.server.name)
+    return ModelStatus(
+        names=list(model.config.names),
+        ready=model.ready,
+        context_length=model.server.max_model_len,
+        max_running=deployment.config.limits.max_num_seqs,
+        running=int(values["num_requests_running"]),
+        waiting=int(values["num_requests_waiting"]),
+        cache_usage=values["kv_cache_usage_perc"],
+        prompt_tokens=int(values["prompt_tokens"]),
+        generation_tokens=int(values["generation_tokens"]),
+        preemptions=int(values["num_preemptions"]),
+        agents=[
+            AgentStatus(address=address, connected=connected)
+            for address, connected in model.server.agent_connections.items()
+        ],
+    )
 
 
 def _total(deployment: Deployment, name: str | None, number: Callable[[ServedModel], int]) -> Response:

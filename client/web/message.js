@@ -1,0 +1,140 @@
+// One message as it is shown: its text, what is known of how it came about, and what can be done with it.
+
+import { element, iconButton } from "./dom.js";
+import { showMarkdown } from "./markdown.js";
+import { number, text } from "./strings.js";
+
+export class MessageView {
+  /** `actions` has edit(message, content), regenerate(message) and copy(content, button). */
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    this.body = element("div", { class: "body" });
+    this.thought = element("div", { class: "body" });
+    this.thinking = element("details", { class: "thinking", hidden: true }, element("summary"), this.thought);
+    this.meta = element("p", { class: "meta" });
+    this.error = element("div", { class: "error", hidden: true });
+    this.buttons = element("div", { class: "buttons" });
+    const who = element("h3", { class: "unseen" }, text(message.role === "user" ? "you" : "assistant"));
+    const foot = element("div", { class: "foot" }, this.meta, this.buttons);
+    const parts = [who, message.role === "user" ? null : this.thinking, this.body, this.error, foot];
+    this.node = element("article", { class: `message ${message.role}` }, parts);
+    this.update();
+  }
+
+  /** Show the message as it is now. */
+  update() {
+    const { message } = this;
+    this.node.dataset.state = message.state ?? "done";
+    if (message.role === "user") this.body.textContent = message.content;
+    else this.showAnswer();
+    this.body.classList.toggle("waiting", message.state === "answering" && !message.content);
+    this.meta.textContent = message.role === "user" ? "" : describe(message);
+    this.showError();
+    this.showButtons();
+  }
+
+  showAnswer() {
+    const { thought, answer, complete } = partsOf(this.message.content);
+    this.thinking.hidden = !thought;
+    this.thinking.firstChild.textContent = text(complete ? "thought" : "thinking");
+    showMarkdown(this.thought, thought);
+    showMarkdown(this.body, answer);
+  }
+
+  /** Let the text be changed in place. `drops` says whether later messages go. */
+  edit(drops) {
+    const leave = () => {
+      form.replaceWith(this.body);
+      this.buttons.hidden = false;
+      this.buttons.querySelector("button")?.focus();
+    };
+    const save = (event) => {
+      event.preventDefault();
+      if (box.value.trim()) this.actions.edit(this.message, box.value);
+    };
+    const press = (event) => {
+      if (sends(event)) save(event);
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // it would stop an answer
+      leave();
+    };
+    const box = element("textarea", { rows: "3", "aria-label": text("edit.label"), onkeydown: press });
+    box.value = this.message.content;
+    const form = element(
+      "form",
+      { class: "edit", onsubmit: save },
+      box,
+      element(
+        "div",
+        { class: "row end" },
+        element("span", { class: "fine" }, drops ? text("edit.drop") : ""),
+        element("button", { type: "button", class: "quiet", onclick: leave }, text("cancel")),
+        element("button", { type: "submit", class: "primary" }, text("edit.save")),
+      ),
+    );
+    this.body.replaceWith(form);
+    this.buttons.hidden = true;
+    box.focus();
+  }
+
+  showError() {
+    const { state, error } = this.message;
+    this.error.hidden = state !== "failed";
+    if (state !== "failed") return;
+    const retry = element(
+      "button",
+      { type: "button", class: "quiet again", onclick: () => this.actions.regenerate(this.message) },
+      text("retry"),
+    );
+    this.error.replaceChildren(element("span", {}, errorText(error)), retry);
+  }
+
+  showButtons() {
+    const { message, actions } = this;
+    const wanted = `${message.role} ${message.state} ${Boolean(message.content)}`;
+    if (this.buttons.dataset.shown === wanted) return; // while it streams, the buttons keep the focus
+    this.buttons.dataset.shown = wanted;
+    if (message.state === "answering") return this.buttons.replaceChildren();
+    const copy = iconButton("copy", text("copy"), () => actions.copy(message.content, copy));
+    const change =
+      message.role === "user"
+        ? iconButton("edit", text("edit"), () => actions.startEdit(message))
+        : iconButton("retry", text("regenerate"), () => actions.regenerate(message), { class: "icon-button again" });
+    this.buttons.replaceChildren(...(message.content ? [copy] : []), change);
+  }
+}
+
+/** Whether a key press means to send: Enter alone, and not the one that ends the input of a Chinese word. */
+export function sends(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+}
+
+/** What went wrong, in the language of the page; the server's own words as they are. */
+function errorText({ kind, message }) {
+  return text(`error.${kind}`, message);
+}
+
+/** What a reasoning model writes before its answer, in `<think>`, and the answer. */
+function partsOf(content) {
+  const found = /^\s*<think>([^]*?)(<\/think>|$)/.exec(content);
+  if (!found) return { thought: "", answer: content, complete: true };
+  return { thought: found[1].trim(), answer: content.slice(found[0].length), complete: found[2] !== "" };
+}
+
+function describe({ state, stats, model, content }) {
+  if (state === "answering" && !content) return text("answer.waiting");
+  const parts = [];
+  if (stats?.seconds) parts.push(text("answer.rate", number((stats.tokens - 1) / stats.seconds, 1)));
+  if (stats?.ttft) parts.push(text("answer.ttft", seconds(stats.ttft)));
+  if (stats?.tokens) parts.push(text(stats.exact ? "answer.tokens" : "answer.atLeast", number(stats.tokens)));
+  if (stats?.finish === "length") parts.push(text("answer.length"));
+  if (state === "stopped") parts.push(text("answer.stopped"));
+  if (state === "done" && !content) parts.push(text("answer.empty"));
+  if (model) parts.push(model);
+  return parts.join(" · ");
+}
+
+function seconds(value) {
+  return value < 1 ? `${number(value * 1000)} ms` : `${number(value, 1)} s`;
+}

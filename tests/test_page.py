@@ -1,0 +1,218 @@
+"""The page in a real browser, before a real server on the stand-in model: answers, errors, figures."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+from browser import (
+    COMPLETIONS,
+    NET_ERROR,
+    Ui,
+    answer_with,
+    expected,
+    go_on_for_ever,
+    running,
+    same_words,
+    stream_of,
+    ui,
+)
+from playwright.sync_api import Browser, expect
+from serving_processes import Serving, eventually, serving, standin_deployment
+
+pytestmark = pytest.mark.slow
+
+
+def test_an_answer_comes_with_its_figures(shown: Ui, client: httpx.Client) -> None:
+    shown.set(temperature=0, max_tokens=40)
+    shown.send("hi")
+    assert same_words(shown.text(), expected(client, "hi", temperature=0, max_tokens=40))
+    meta = shown.answer().locator(".meta").inner_text()
+    for part in ("tokens/s", "first token after", "40 tokens", "limit of tokens", "llama2"):
+        assert part in meta
+
+
+def test_the_next_question_carries_what_was_said(shown: Ui, client: httpx.Client) -> None:
+    settings = {"temperature": 0, "max_tokens": 12}
+    shown.set(**settings)
+    shown.send("first")
+    shown.answer()
+    shown.send("second")
+    expect(shown.page.locator(".message")).to_have_count(4)
+    first = expected(client, "first", **settings)
+    assert same_words(shown.text(), expected(client, "first", first, "second", **settings))
+
+
+def test_every_setting_is_sent_and_an_empty_one_is_not(shown: Ui) -> None:
+    bodies = []
+    shown.page.on("request", lambda request: bodies.append(request.post_data_json) if "/chat/" in request.url else None)
+    shown.set(system="Be brief", temperature=0.5, top_p=0.9, top_k=7, max_tokens=3, seed=11, stop="one\ntwo three")
+    shown.send("hi")
+    shown.answer()
+    shown.set(system="", temperature="", top_p="", top_k="", max_tokens=3, seed="", stop="")
+    shown.send("again")
+    expect(shown.page.locator(".message")).to_have_count(4)
+    shown.answer()
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 3, "seed": 11, "stop": ["one", "two three"]}
+    always = {"model": "llama2", "stream": True, "stream_options": {"include_usage": True}}
+    assert bodies[0] == {"messages": messages, **sampling, **always}
+    assert {name for name in bodies[1] if name not in always} == {"messages", "max_tokens"}
+    assert bodies[1]["messages"][0] == {"role": "user", "content": "hi"}
+
+
+def test_a_number_out_of_range_is_marked_and_not_sent(shown: Ui) -> None:
+    shown.button("Settings").click()
+    field = shown.page.locator("#settings [name=temperature]")
+    field.fill("3")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    shown.page.locator("#settings [name=max_tokens]").fill("2")
+    with shown.page.expect_request(COMPLETIONS) as sent:
+        shown.send("hi")
+    assert "temperature" not in sent.value.post_data_json
+    shown.answer()
+    shown.button("Back to defaults").click()
+    expect(field).to_have_value("")
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop_keeps_the_text_and_frees_the_request(slow: Ui, slow_standin: Serving, how: str) -> None:
+    slow.send("hi")
+    slow.answer("answering")
+    body = slow.page.locator(".message.assistant > .body")
+    expect(body).not_to_be_empty()
+    assert running(slow_standin) == 1
+    if how == "button":
+        slow.button("Stop").click()
+    else:
+        slow.page.keyboard.press("Escape")
+    text = slow.text("stopped")
+    assert text.strip()
+    assert "stopped" in slow.answer("stopped").locator(".meta").inner_text()
+    eventually(lambda: running(slow_standin) == 0)
+    assert slow.text("stopped") == text
+    expect(slow.button("Send")).to_be_visible()
+
+
+def test_the_text_is_shown_while_it_comes_and_followed(slow: Ui) -> None:
+    slow.send("line\n" * 60)
+    slow.answer("answering")
+    body = slow.page.locator(".message.assistant > .body")
+    lengths = [0]
+    while len(lengths) < 4:  # it grows at least three times
+        length = len(body.inner_text())
+        if length > lengths[-1]:
+            lengths.append(length)
+    log = slow.page.locator("#log")
+    rest = "node => node.scrollHeight - node.scrollTop - node.clientHeight"
+    assert log.evaluate(rest) < 60
+    log.evaluate("node => { node.scrollTop = 0; }")  # who reads above is left there
+    expect(slow.button("To the latest message")).to_be_visible()
+    before = len(body.inner_text())
+    eventually(lambda: len(body.inner_text()) > before)
+    assert log.evaluate("node => node.scrollTop") == 0
+    slow.button("To the latest message").click()
+    assert log.evaluate(rest) < 60
+    slow.button("Stop").click()
+    slow.answer("stopped")
+
+
+def test_what_the_server_refuses_is_said_and_can_be_tried_again(shown: Ui) -> None:
+    shown.forgiven = NET_ERROR
+    shown.set(max_tokens=100000)
+    shown.send("hi")
+    error = shown.answer("failed").locator(".error")
+    expect(error).to_contain_text("The server refuses this request: max_tokens:")
+    shown.set(max_tokens=3)
+    error.get_by_role("button", name="Try again").click()
+    shown.answer()
+    expect(shown.page.locator(".message")).to_have_count(2)
+
+
+def test_an_error_in_the_middle_keeps_the_text_so_far(shown: Ui) -> None:
+    shown.set(max_tokens=3)
+    error = {"error": {"message": "the model is out of ink", "type": "server_error", "param": None, "code": None}}
+    answer_with(shown.page, stream_of(["So ", "far"], end=[error, "[DONE]"]), times=1)
+    shown.send("hi")
+    failed = shown.answer("failed")
+    expect(failed.locator("> .body")).to_have_text("So far")
+    expect(failed.locator(".error")).to_contain_text("The server could not finish: the model is out of ink")
+    failed.get_by_role("button", name="Try again").click()
+    assert "So far" not in shown.text()
+
+
+def test_what_a_model_thinks_first_is_folded_away(shown: Ui) -> None:
+    answer_with(shown.page, stream_of(["<thi", "nk>Two and ", "*two*</thi", "nk>\n\nThe answer is **4**."]))
+    shown.send("hi")
+    assert shown.text() == "The answer is 4."
+    thought = shown.page.get_by_text("Two and two")
+    expect(thought).to_be_hidden()
+    shown.page.get_by_text("What it thought").click()
+    expect(thought).to_be_visible()
+
+
+def test_a_stream_without_its_end_is_an_error(shown: Ui) -> None:
+    answer_with(shown.page, stream_of(["So ", "far"], end=[]))
+    shown.send("hi")
+    failed = shown.answer("failed")
+    expect(failed.locator("> .body")).to_have_text("So far")
+    expect(failed.locator(".error")).to_contain_text("connection broke")
+
+
+def test_a_server_that_dies_is_missed_and_found_again(browser: Browser, tmp_path: Path) -> None:
+    deployment = standin_deployment(tmp_path, [{"step_seconds": 0.02}])
+    try:
+        deployment.start_agents()
+        app = deployment.start_app()
+        with ui(browser, deployment.url) as opened:
+            opened.forgiven = NET_ERROR
+            page = opened.open().page
+            page.route(COMPLETIONS, go_on_for_ever)
+            opened.send("hi")
+            body = page.locator(".message.assistant > .body")
+            expect(body).not_to_be_empty()
+            app.send(signal.SIGKILL)
+            app.wait()
+            expect(opened.answer("failed").locator(".error")).to_contain_text("connection broke")
+            assert body.inner_text().strip()
+            expect(page.locator("#banner")).to_contain_text("The server is away")
+            deployment.start_app()
+            expect(page.locator("#banner")).to_be_hidden()
+            expect(page.locator("#announcer")).to_have_text("The server is back")
+            page.unroute(COMPLETIONS)
+            opened.set(max_tokens=3)
+            opened.button("Try again").click()
+            opened.answer()
+    finally:
+        deployment.stop()
+
+
+def test_agents_that_are_away_are_shown(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path) as deployment, ui(browser, deployment.url) as opened:
+        opened.forgiven = NET_ERROR
+        page = opened.open().page
+        agents = page.locator(".agents li")
+        expect(agents).to_have_attribute("data-state", "ready")
+        assert deployment.agents
+        deployment.agents.stop()
+        expect(agents).to_have_attribute("data-state", "away")
+        expect(page.locator("#banner")).to_contain_text("waits for its agents")
+        deployment.start_agents()
+        expect(agents).to_have_attribute("data-state", "ready")
+        expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_the_figures_are_those_of_the_moment(slow: Ui) -> None:
+    chart = slow.page.locator(".chart", has_text="Batch")
+    expect(chart.locator(".value")).to_have_text("0")
+    expect(chart.locator(".unit")).to_have_text("of 2")
+    slow.send("hi " * 1000)  # enough to be seen in the cache
+    expect(chart.locator(".value")).to_have_text("1")
+    expect(slow.page.locator(".chart", has_text="Cache").locator(".value")).not_to_have_text("0.0")
+    expect(slow.page.locator(".chart", has_text="Output").locator(".value")).not_to_have_text("0")
+    picture = slow.page.locator(".chart", has_text="Output").get_by_role("img")
+    assert "Output: now" in (picture.get_attribute("aria-label") or "")
+    slow.button("Stop").click()
+    expect(chart.locator(".value")).to_have_text("0")
