@@ -40,7 +40,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """What one model accepts at a time; beyond it a request is refused by name, never dropped."""
 
     max_num_seqs: Positive = 64  # rows of one step
-    max_num_batched_tokens: Positive = 1024  # tokens of one step
+    max_num_batched_tokens: Positive = 512  # tokens of one step
     max_waiting: Positive = 1024  # requests in the queue
     max_queue_seconds: PositiveSeconds | None = 300.0  # until a request's first step
     max_seconds: PositiveSeconds | None = None  # from arrival to the answer's end, which is cut then
