@@ -56,7 +56,10 @@ def _route(method: str, path: str, operation: Json) -> Iterator[str]:
 
 
 def _contents(response: Json) -> str:
-    return " or ".join(_content(kind, content.get("schema", {})) for kind, content in response["content"].items())
+    return (
+        " or ".join(_content(kind, content.get("schema", {})) for kind, content in response.get("content", {}).items())
+        or "nothing"
+    )
 
 
 def _content(kind: str, schema: Json) -> str:

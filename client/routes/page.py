@@ -98,7 +98,7 @@ def page_router(files: Mapping[str, WebFile]) -> APIRouter:
     async def part(request: Request, name: str) -> Response:
         """A file that the page loads."""
         if name not in files:
-            raise HTTPException(404)
+            raise HTTPException(404, "there is nothing at this path; /openapi.json lists what there is")
         return files[name].response(request)
 
     return router
