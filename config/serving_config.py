@@ -21,6 +21,7 @@ import yaml
 Target = Literal["cpu", "ascend", "standin"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
+StandinFault = Literal["raise", "crash", "hang"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -95,6 +96,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
     chat_templates: dict[str, ChatTemplateName] = {}  # by served name; not listed: the exported model's own
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
+    standin_faults: dict[str, StandinFault] = {}  # stand-in only: what a text in prompt or answer does to its step
     secret_file: str | None = None  # shared by app and agents; None: one beside the logs
 
     @property
@@ -270,6 +272,10 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.step_seconds: needs a finite number"
     if model.step_seconds and model.target != "standin":
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"
+    if model.standin_faults and model.target != "standin":
+        yield f"{key}.standin_faults: only the stand-in model has faults of choice"
+    if "" in model.standin_faults:
+        yield f"{key}.standin_faults: an empty text would be in every prompt"
     if model.cache_dtype != "float16" and model.target == "standin":
         yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
     if model.weights is not None and model.target == "standin":

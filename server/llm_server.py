@@ -14,6 +14,7 @@ from functools import partial
 import msgspec
 
 from agent.protocol import Hello
+from config.agents_state import AgentsState
 from config.grammar_engine import GrammarEngine
 from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
@@ -75,6 +76,11 @@ class LLMServer:
     def ready(self) -> bool:
         """Whether requests are accepted and every agent has answered lately."""
         return self._accepting and self._loop is not None and self._loop.ready
+
+    @property
+    def agents_state(self) -> AgentsState | None:
+        """How the agents are, by their launcher's word; None where that is not known."""
+        return self._agents.state
 
     @property
     def batch_size(self) -> int:
@@ -293,7 +299,7 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
-        self._metrics.restarts.set_function(lambda: self._agents.restarts)
+        self._metrics.restarts.set_function(lambda: state.restarts if (state := self.agents_state) else 0)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:
