@@ -201,7 +201,10 @@ def _explain(error: str) -> str:
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
     record = _record_at(place)
     if not unknown:
+        place = place.removesuffix("[...]")  # one of a mapping's values
         field = typing.get_type_hints(record).get(place.rpartition(".")[2])
+        if typing.get_origin(field) is dict:
+            field = typing.get_args(field)[1]
         choices = typing.get_args(field) if typing.get_origin(field) is Literal else ()
         message += f"; one of {', '.join(choices)}" if choices else ""
         return f"{place}: {message}" if place else message

@@ -1,7 +1,8 @@
 """Random faults at random times under load: ``python tests/soak.py``, from the checkout.
 
-64 clients ask without a pause; some leave early, some ask for what no step bears. Every other text is compared with that of the same request when
-nothing happens. The report goes to the console and into docs/reliability.md; the exit code is 1 if anything was lost.
+64 clients ask without a pause; some leave early, some ask for what no step bears. Every other text is compared with
+that of the same request when nothing happens. The report goes to the console and into docs/reliability.md; the exit
+code is 1 if anything was lost.
 """
 
 from __future__ import annotations

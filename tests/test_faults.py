@@ -165,7 +165,9 @@ def test_requests_end_when_the_agents_are_given_up(tmp_path: Path) -> None:
         assert faulty.agents.wait() == 1
         assert "restart 5 of 5" in faulty.serving.log
         assert "given up after 5 restarts in a row" in faulty.serving.log
-        assert faulty.client.get("/health/ready").status_code == 503
+        unready = faulty.client.get("/health/ready")
+        assert (unready.status_code, "given up after 5 restarts in a row)" in unready.text) == (503, True)
+        assert faulty.client.post("/models/llama2", json={"inputs": "hi"}).status_code == 503
         assert faulty.gauge("kv_cache_usage_perc") == 0
     finally:
         faulty.stop()
