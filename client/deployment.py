@@ -97,7 +97,7 @@ class ServedModel:
     def _check_warm(self) -> None:
         if not self.warm:
             name = self.config.names[0]
-            raise NotServing(f"{name} is not ready yet: it waits for {self.agents_now}")
+            raise NotServing(f"{name} is not ready yet: it waits for its {self.agents_now}")
 
     async def _submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
         template = self.config.prompt_template(name)
