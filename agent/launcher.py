@@ -140,7 +140,11 @@ class Launcher:
     def _say(self, index: int, **changes: Any) -> None:
         """Tell the app how a model's agents are now."""
         self._states[index] = msgspec.structs.replace(self._states[index], **changes)
-        write_state(self._config.state_path(self._config.models[index]), self._states[index])
+        path = self._config.state_path(self._config.models[index])
+        try:
+            write_state(path, self._states[index])
+        except OSError as error:  # on a full disk agents can serve on
+            logger.error("%s: cannot be written: %s", path, error.strerror)
 
     async def _stop_model(self, index: int, grace_seconds: float = GRACE_SECONDS) -> None:
         await _together(agent.stop(grace_seconds) for agent in self._agents[index])

@@ -279,7 +279,8 @@ def test_nothing_is_left_after_two_signals_to_start(tmp_path: Path, stopped: boo
         process.wait_for("try: curl")
         children = process.children()
         with deployment.client().stream("POST", "/models/llama2/generate_stream", json=long_body()) as response:
-            next(response.iter_raw())
+            chunks = response.iter_raw()
+            next(chunks)
             [agent] = (child for child in children if child.cmdline()[-2:] == ["-m", "agent"])
             if stopped:
                 agent.suspend()

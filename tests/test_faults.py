@@ -70,7 +70,10 @@ def kill_launcher(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [kill, cut, corrupt, stall, stop, kill_launcher, pytest.param(crash, marks=pytest.mark.slow)],
+    [
+        *(kill, cut, corrupt),
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in (stall, stop, kill_launcher, crash)),
+    ],
 )
 def test_nothing_is_lost(faulty: Faulty, undisturbed: list[str], fault: Callable[[Faulty], None]) -> None:
     lost = faulty.gauge("connections_lost_total")
