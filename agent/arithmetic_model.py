@@ -19,11 +19,17 @@ The sum is not taken from the request but from the key/value cache: each step wr
 and reads all tokens of a row back through its block table. An entry holds the token (for a key) and its position from 1
 (for a value). A token that was written to or read from a wrong place changes the sum; an entry that was written for
 another position, or never, makes the next token ``#``, which is not in the alphabet.
+
+To try what the server does when a model fails, a deployment may name texts that a step does not bear in prompt or
+answer of one of its rows (``standin_faults``): the step raises, the process crashes in it, or it never ends.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -34,6 +40,7 @@ from agent.logits import Logits
 from agent.protocol import Floats, Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, TokenizerRules, file_digest, read_manifest, verify_files, write_manifest
+from config.serving_config import StandinFault
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!\néж中好🙂"
 BEGIN, END = 256, 257
@@ -69,8 +76,17 @@ class ArithmeticModel:
 
     cache_dtype = "int32"
 
-    def __init__(self, folder: Path, *, cache_bytes: int, step_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cache_bytes: int,
+        step_seconds: float = 0.0,
+        faults: Mapping[str, StandinFault] | None = None,
+    ) -> None:
         """Read the model's folder; ``step_seconds`` is the least time of a step, that of the device it stands for.
+
+        ``faults`` says what a text in a row's tokens does to every step that the row takes part in.
 
         Raises:
             ManifestError: the folder does not hold what ``write_model`` wrote.
@@ -81,6 +97,7 @@ class ArithmeticModel:
         block_size = self.manifest.block_size
         self.num_blocks = cache_bytes // self.manifest.cache_block_bytes(self.cache_dtype)
         self._step_seconds = step_seconds
+        self._faults = {_searchable(text.encode()): fault for text, fault in (faults or {}).items()}
         self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)
 
@@ -93,6 +110,8 @@ class ArithmeticModel:
         end = time.monotonic() + self._step_seconds
         self._write(batch)
         tokens, positions = self._read(batch)
+        if self._faults:
+            self._fail(tokens, batch.context_lens)
         following = _next_tokens(tokens, positions, *_prefixes(batch))
         logits = Logits.of(self._logits[following])
         if (left := end - time.monotonic()) > 0:
@@ -111,6 +130,26 @@ class ArithmeticModel:
         tables = batch.block_tables[:, : -(-longest // self.manifest.block_size)]
         entries = self._cache[tables].reshape(len(tables), -1, 2)[:, :longest]
         return entries[..., 0], entries[..., 1]
+
+    def _fail(self, tokens: Ints, lengths: Ints) -> None:
+        """Do what the faults say, if a row holds one of their texts.
+
+        Raises:
+            RuntimeError: that is to raise.
+        """
+        rows = [_searchable(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        fault = next((fault for text, fault in self._faults.items() if any(text in row for row in rows)), None)
+        if fault == "raise":
+            raise RuntimeError("a row holds a text that raises")
+        if fault == "crash":
+            os.abort()
+        if fault == "hang":
+            threading.Event().wait()
+
+
+def _searchable(tokens: bytes | Ints) -> str:
+    """Tokens, or the bytes that they stand for, one character each."""
+    return "".join(map(chr, tokens))
 
 
 def _prefixes(batch: StepBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

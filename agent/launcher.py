@@ -20,6 +20,7 @@ from config.secret_file import create_secret
 from config.serving_config import ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
+RESTART_GRACE_SECONDS = 1.0  # the same where another rank has ended: no step of the others can count any more
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds; one more death in a row, and the model is given up
 STABLE_SECONDS = 10.0  # of service, and a restart has not failed, whatever comes then
 
@@ -111,12 +112,12 @@ class Launcher:
                 names = ", ".join(self._config.models[index].names)
                 self._say(index, phase="given up", reason=reason)
                 logger.error("%s; giving up %s after %d restarts in a row", reason, names, len(RESTART_DELAYS))
-                return await self._stop_model(index)
+                return await self._stop_model(index, RESTART_GRACE_SECONDS)
             delay = RESTART_DELAYS[deaths - 1]
             restarts = self._states[index].restarts + 1
             self._say(index, phase="restarting", attempt=deaths, reason=reason, restarts=restarts)
             logger.warning("%s; starting its model again in %g s", reason, delay)
-            await self._stop_model(index)
+            await self._stop_model(index, RESTART_GRACE_SECONDS)
             await asyncio.sleep(delay)
             try:
                 await self._start_model(index)
@@ -139,10 +140,14 @@ class Launcher:
     def _say(self, index: int, **changes: Any) -> None:
         """Tell the app how a model's agents are now."""
         self._states[index] = msgspec.structs.replace(self._states[index], **changes)
-        write_state(self._config.state_path(self._config.models[index]), self._states[index])
+        path = self._config.state_path(self._config.models[index])
+        try:
+            write_state(path, self._states[index])
+        except OSError as error:  # on a full disk agents can serve on
+            logger.error("%s: cannot be written: %s", path, error.strerror)
 
-    async def _stop_model(self, index: int) -> None:
-        await _together(agent.stop(GRACE_SECONDS) for agent in self._agents[index])
+    async def _stop_model(self, index: int, grace_seconds: float = GRACE_SECONDS) -> None:
+        await _together(agent.stop(grace_seconds) for agent in self._agents[index])
 
 
 async def _together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

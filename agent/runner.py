@@ -47,7 +47,12 @@ def open_runner(config: ModelConfig) -> Runner:
     if config.target == "standin":
         from agent.arithmetic_model import ArithmeticModel
 
-        return ArithmeticModel(folder, cache_bytes=config.cache_bytes, step_seconds=config.step_seconds)
+        return ArithmeticModel(
+            folder,
+            cache_bytes=config.cache_bytes,
+            step_seconds=config.step_seconds,
+            faults=config.standin_faults,
+        )
     from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
 
     return ModelRunner(folder, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads)

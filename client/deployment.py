@@ -41,6 +41,12 @@ class ServedModel:
         return f"{self.config.agent_host}:{', '.join(map(str, self.config.agent_ports))}"
 
     @property
+    def agents_now(self) -> str:
+        """Where they are and how: ``agents at 127.0.0.1:9821 (restart 2 of 5)``."""
+        state = self.server.agents_state
+        return f"agents at {self.agents}" + (f" ({state.summary})" if state else "")
+
+    @property
     def ready(self) -> bool:
         """It has answered its first prompt, and its agents answer still."""
         return self.warm and self.server.ready
@@ -91,7 +97,7 @@ class ServedModel:
     def _check_warm(self) -> None:
         if not self.warm:
             name = self.config.names[0]
-            raise NotServing(f"{name} is not ready yet: it waits for its agents at {self.agents}")
+            raise NotServing(f"{name} is not ready yet: it waits for its {self.agents_now}")
 
     async def _submit(self, name: str, text: str, params: GenerationParams, request_id: str) -> RequestStream:
         template = self.config.prompt_template(name)
@@ -155,7 +161,7 @@ class Deployment:
             raise NotServing("the server is shutting down")
         waiting = [model for model in self.models if not model.ready]
         if waiting:
-            where = "; ".join(f"{', '.join(model.config.names)}: agents at {model.agents}" for model in waiting)
+            where = "; ".join(f"{', '.join(model.config.names)}: {model.agents_now}" for model in waiting)
             raise NotServing(f"waiting for {where}")
 
     async def start(self) -> None:

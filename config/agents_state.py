@@ -21,10 +21,15 @@ class AgentsState(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0  # since the launcher started
 
     def __str__(self) -> str:
+        return f"{self.summary}: {self.reason}" if self.phase in ("restarting", "given up") else self.phase
+
+    @property
+    def summary(self) -> str:
+        """The state without the reason, which may name files and so is for logs only."""
         if self.phase == "restarting":
-            return f"restart {self.attempt} of {self.attempts}: {self.reason}"
+            return f"restart {self.attempt} of {self.attempts}"
         if self.phase == "given up":
-            return f"given up after {self.attempts} restarts in a row: {self.reason}"
+            return f"given up after {self.attempts} restarts in a row"
         return self.phase
 
 

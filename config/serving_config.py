@@ -22,6 +22,7 @@ from config.server_config import Port, Positive, PositiveSeconds, Seconds, Serve
 Target = Literal["cpu", "ascend", "standin"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
+StandinFault = Literal["raise", "crash", "hang"]
 
 # A prompt template names one of these, or spells itself out with "{prompt}" in it.
 PROMPT_TEMPLATES = {
@@ -98,6 +99,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
     chat_templates: dict[str, ChatTemplateName] = {}  # by served name; not listed: the exported model's own
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
+    standin_faults: dict[str, StandinFault] = {}  # stand-in only: what a text in prompt or answer does to its step
     secret_file: str | None = None  # shared by app and agents; None: one beside the logs
 
     @property
@@ -193,7 +195,10 @@ def _explain(error: str) -> str:
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
     record = _record_at(place)
     if not unknown:
+        place = place.removesuffix("[...]")  # one of a mapping's values
         field = typing.get_type_hints(record).get(place.rpartition(".")[2])
+        if typing.get_origin(field) is dict:
+            field = typing.get_args(field)[1]
         choices = typing.get_args(field) if typing.get_origin(field) is Literal else ()
         message += f"; one of {', '.join(choices)}" if choices else ""
         return f"{place}: {message}" if place else message
@@ -271,6 +276,10 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.step_seconds: needs a finite number"
     if model.step_seconds and model.target != "standin":
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"
+    if model.standin_faults and model.target != "standin":
+        yield f"{key}.standin_faults: only the stand-in model has faults of choice"
+    if "" in model.standin_faults:
+        yield f"{key}.standin_faults: an empty text would be in every prompt"
     if model.cache_dtype != "float16" and model.target == "standin":
         yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
     if model.weights is not None and model.target == "standin":

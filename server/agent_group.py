@@ -26,7 +26,7 @@ from agent.protocol import (
     StepPlan,
     ints,
 )
-from config.agents_state import read_state
+from config.agents_state import AgentsState, read_state
 from config.manifest import Manifest
 from config.secret_file import SecretError, read_secret
 from config.serving_config import LimitsConfig, ModelConfig
@@ -84,10 +84,9 @@ class AgentGroup:
         return self._ready and not any(agent.lost for agent in self._agents.values())
 
     @property
-    def restarts(self) -> int:
-        """How often their launcher has started the agents again; 0 also where that is not known."""
-        state = read_state(self._state_path)
-        return state.restarts if state else 0
+    def state(self) -> AgentsState | None:
+        """How the agents are, by their launcher's word; None where that is not known."""
+        return read_state(self._state_path)
 
     @property
     def connections(self) -> dict[str, bool]:
@@ -115,7 +114,7 @@ class AgentGroup:
                 return hello
             if not isinstance(failure, OSError):
                 raise failure
-            state = read_state(self._state_path)
+            state = self.state
             if state and state.phase == "given up" and self._met:
                 raise AgentsRefused(f"the agents of {self._manifest.name} are {state}; start them again")
             news = f"{failure} ({state})" if state else str(failure)

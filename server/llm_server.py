@@ -14,6 +14,7 @@ from functools import partial
 import msgspec
 
 from agent.protocol import Hello
+from config.agents_state import AgentsState
 from config.grammar_engine import GrammarEngine
 from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
@@ -82,6 +83,11 @@ class LLMServer:
     def agent_connections(self) -> dict[str, bool]:
         """The address of every agent, in the order of ranks, and whether it is connected."""
         return self._agents.connections
+
+    @property
+    def agents_state(self) -> AgentsState | None:
+        """How the agents are, by their launcher's word; None where that is not known."""
+        return self._agents.state
 
     @property
     def batch_size(self) -> int:
@@ -302,7 +308,7 @@ class LLMServer:
         self._metrics.waiting.set_function(lambda: loop.num_waiting)
         self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
         self._metrics.ready.set_function(lambda: self.ready)
-        self._metrics.show_restarts(lambda: self._agents.restarts)
+        self._metrics.show_restarts(lambda: state.restarts if (state := self.agents_state) else 0)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:

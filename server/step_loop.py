@@ -65,7 +65,7 @@ class StepLoop:
         self._empty = asyncio.Event()
         self._empty.set()
         self._last_answer = time.monotonic()
-        self._broken = False
+        self._broken = self._refused = False
 
     @property
     def batch_size(self) -> int:
@@ -80,8 +80,8 @@ class StepLoop:
 
     @property
     def given_up(self) -> bool:
-        """Whether requests have nothing to wait for, since ``run`` has failed."""
-        return self._broken
+        """Whether requests have nothing to wait for: ``run`` has failed, or the agents cannot or do not come back."""
+        return self._broken or self._refused
 
     @property
     def num_waiting(self) -> int:
@@ -304,11 +304,13 @@ class StepLoop:
                     raise AgentsRefused("the agents came back with another model, cache or limits; restart the app")
             except AgentsRefused as refusal:
                 _log.error("%s", refusal)
+                self._refused = True
                 await self._agents.close()
                 self._fail_answers(list(self._answers))
                 await asyncio.sleep(REFUSED_SECONDS)  # until someone mends it
             else:
                 _log.info("the agents are back")
+                self._refused = False
                 self._last_answer = time.monotonic()
                 return
 

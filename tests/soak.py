@@ -1,7 +1,8 @@
 """Random faults at random times under load: ``python tests/soak.py``, from the checkout.
 
-64 clients ask without a pause, some of them leave early. Every text is compared with that of the same request when
-nothing happens. The report goes to the console and into docs/reliability.md; the exit code is 1 if anything was lost.
+64 clients ask without a pause; some leave early, some ask for what no step bears. Every other text is compared with
+that of the same request when nothing happens. The report goes to the console and into docs/reliability.md; the exit
+code is 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, by its path
 
-from faulty_deployment import Faulty  # noqa: E402
+from faulty_deployment import SLOW, TOKENS, Faulty  # noqa: E402
 from serving_processes import eventually  # noqa: E402
 
 from benchmarks.publish import replaced  # noqa: E402
 
 STREAMS = 64
+POISON = "☠"
 PROMPTS = 32  # different requests
 QUIET_SECONDS = (2.0, 15.0)  # between two faults
 HUNG_SECONDS = 120.0  # without an answer when the faults are over
@@ -83,7 +85,7 @@ class Soak:
 
     def report(self, minutes: float) -> str:
         """The table of the document."""
-        names = ("complete, text identical", "left early", "text differs", "lost", "hung")
+        names = ("complete, text identical", "left early", "culprit, got an error", "text differs", "lost", "hung")
         rows = [(f"requests: {name}", f"{self.outcomes[name]:,}") for name in names]
         rows += [(f"faults: {name}", str(self.faults[name])) for name in FAULTS]
         rows.append(("share of the cache in use at the end", f"{self._faulty.gauge('kv_cache_usage_perc'):g}"))
@@ -94,6 +96,17 @@ class Soak:
     def clean(self) -> bool:
         return not any(self.outcomes[bad] for bad in ("text differs", "lost", "hung"))
 
+    def _ask_too_much(self) -> None:
+        """A prompt whose steps raise, whoever else is in them: an error is the right answer."""
+        try:
+            self._faulty.ask_for(f"poison {POISON}", TOKENS, streamed=True)
+        except AssertionError as error:
+            if "this request" not in str(error):
+                raise
+            self.outcomes["culprit, got an error"] += 1
+        else:
+            self.outcomes["text differs"] += 1
+
     def _ask(self, seed: int) -> None:
         chance = random.Random(seed)
         while not self._over.is_set():
@@ -102,6 +115,9 @@ class Soak:
                 if chance.random() < 0.1:
                     self._faulty.ask_and_leave(number, after=chance.randrange(1, 20))
                     self.outcomes["left early"] += 1
+                    continue
+                if chance.random() < 0.02:
+                    self._ask_too_much()
                     continue
                 same = self._faulty.ask(number) == self._expected[number]
                 self.outcomes["complete, text identical" if same else "text differs"] += 1
@@ -117,7 +133,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        faulty = Faulty(Path(folder))
+        faulty = Faulty(Path(folder), model={**SLOW, "standin_faults": {POISON: "raise"}})
         try:
             soak = Soak(faulty, arguments.seed)
             soak.run(arguments.minutes * 60)

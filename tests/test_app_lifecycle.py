@@ -17,6 +17,7 @@ from legacy_client import ask, event_text, events, lines
 from serving_processes import ROOT, Process, Serving, eventually, free_ports, serving, standin_deployment
 
 from agent.arithmetic_model import answer
+from config.serving_config import load
 from config.version import __version__
 
 APP = "client/server_app_post.py"
@@ -80,6 +81,37 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(deployment: Serving) -
     assert app_of(deployment).wait() == 0
     assert deployment.agents is not None
     assert deployment.agents.children()  # agents outlive the app
+
+
+def test_a_drain_goes_on_when_an_agent_dies_in_it(deployment: Serving) -> None:
+    client = deployment.client()
+    expected = client.post("/models/llama2", json=long_body(tokens=100)).json()["generated_text"]
+    assert deployment.agents is not None
+    [agent] = deployment.agents.children()
+    with client.stream("POST", "/models/llama2/generate_stream", json=long_body(tokens=100)) as response:
+        chunks = response.iter_raw()
+        content = next(chunks)
+        app_of(deployment).send(signal.SIGTERM)
+        eventually(lambda: client.get("/health/ready").status_code == 503)
+        agent.kill()
+        content += b"".join(chunks)
+    assert event_text(content) == expected
+    assert app_of(deployment).wait() == 0
+
+
+@pytest.mark.slow
+def test_a_drain_ends_in_time_when_the_agents_are_gone(tmp_path: Path) -> None:
+    with serving(tmp_path, [SLOW], server={"drain_seconds": 2.0}) as deployment:
+        client = deployment.client()
+        with client.stream("POST", "/models/llama2/generate_stream", json=long_body()) as response:
+            chunks = response.iter_raw()
+            content = next(chunks)
+            app_of(deployment).send(signal.SIGTERM)
+            assert deployment.agents is not None
+            deployment.agents.send(signal.SIGKILL)
+            content += b"".join(chunks)
+        assert "shutting down" in events(content)[-1]["data"]
+        assert app_of(deployment).wait(END_SECONDS) == 0
 
 
 def test_what_is_not_finished_in_time_ends_with_a_reason(tmp_path: Path) -> None:
@@ -234,6 +266,32 @@ def test_nothing_is_left_when_start_is_killed(tmp_path: Path) -> None:
         process.send(signal.SIGKILL)
         process.wait()
         assert psutil.wait_procs(children, timeout=END_SECONDS)[1] == []
+    finally:
+        deployment.stop()
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_nothing_is_left_after_two_signals_to_start(tmp_path: Path, stopped: bool) -> None:
+    """In the middle of an answer, and with an agent that does not react."""
+    deployment = standin_deployment(tmp_path, [SLOW], server={"drain_seconds": 60.0})
+    process = deployment.app = Process("start.py", "--config", deployment.config_path)
+    try:
+        process.wait_for("try: curl")
+        children = process.children()
+        with deployment.client().stream("POST", "/models/llama2/generate_stream", json=long_body()) as response:
+            chunks = response.iter_raw()
+            next(chunks)
+            [agent] = (child for child in children if child.cmdline()[-2:] == ["-m", "agent"])
+            if stopped:
+                agent.suspend()
+            process.send(signal.SIGTERM)
+            eventually(lambda: deployment.client().get("/health/ready").status_code == 503)
+            process.send(signal.SIGTERM)
+            assert process.wait() == 0
+        assert psutil.wait_procs(children, timeout=END_SECONDS)[1] == []
+        for port in (deployment.port, *load(deployment.config_path).models[0].agent_ports):
+            with socket.create_server(("127.0.0.1", port)):
+                pass  # it is free again
     finally:
         deployment.stop()
 

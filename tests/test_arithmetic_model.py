@@ -190,6 +190,19 @@ def test_entries_of_an_earlier_request_are_found_out() -> None:
     assert best(model, make_plan([skipping])) == [BROKEN]
 
 
+def test_a_fault_is_that_of_a_text_in_a_row() -> None:
+    """In prompt and answer together. What is left of another row in the same block is not the row's."""
+    model = ArithmeticModel(FOLDER, cache_bytes=128 * 1024, faults={"idg": "raise"})
+    request = Sequenced(seat=0, tokens=prompt_tokens("hi"), blocks=[5])
+    for token in b"dg":
+        assert best(model, make_plan([request.row()])) == [token]
+        request.tokens.append(token)
+    with pytest.raises(RuntimeError, match="a text that raises"):
+        best(model, make_plan([request.row()]))
+    shorter = Sequenced(seat=0, tokens=prompt_tokens("hi"), blocks=[5])
+    assert best(model, make_plan([shorter.row()])) == [ord("d")]
+
+
 def test_step_seconds_is_the_least_time_of_a_step() -> None:
     model = new_model(step_seconds=0.05)
     started = time.monotonic()

@@ -70,7 +70,10 @@ def kill_launcher(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [kill, cut, corrupt, stall, stop, kill_launcher, pytest.param(crash, marks=pytest.mark.slow)],
+    [
+        *(kill, cut, corrupt),
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in (stall, stop, kill_launcher, crash)),
+    ],
 )
 def test_nothing_is_lost(faulty: Faulty, undisturbed: list[str], fault: Callable[[Faulty], None]) -> None:
     lost = faulty.gauge("connections_lost_total")
@@ -111,6 +114,31 @@ def test_the_next_app_finds_the_agents(faulty: Faulty, undisturbed: list[str]) -
     assert faulty.agent().pid == agent
 
 
+@pytest.mark.parametrize(
+    "fault", ["raise", pytest.param("crash", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
+)
+def test_the_culprit_alone_gets_an_error(tmp_path: Path, undisturbed: list[str], fault: str) -> None:
+    """One prompt among many is too much for the model, whatever it is in a step with."""
+    limits = {"step_seconds": 1.5, "step_seconds_per_token": 0.0}
+    faulty = Faulty(tmp_path, model={**SLOW, "standin_faults": {"☠": fault}}, limits=limits)
+    try:
+        before = faulty.agent().pid
+        with ThreadPoolExecutor(STREAMS + 2) as threads:
+            answers = [threads.submit(faulty.ask, number) for number in range(STREAMS)]
+            eventually(lambda: faulty.gauge("num_requests_running") == STREAMS)
+            culprit = threads.submit(faulty.ask_for, "poison ☠", 20, streamed=True)
+            with pytest.raises(AssertionError, match="this request"):
+                culprit.result()
+            assert [answer.result() for answer in answers] == undisturbed
+        eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
+        eventually(lambda: faulty.gauge("kv_cache_usage_perc") == 0)
+        assert faulty.gauge("agent_restarts") == (0 if fault == "raise" else 3)
+        assert faulty.agents.output.count("exited with code 3") == (3 if fault == "hang" else 0)
+        assert (faulty.agent().pid == before) == (fault == "raise")
+    finally:
+        faulty.stop()
+
+
 @pytest.mark.slow
 def test_who_was_stopped_does_not_take_that_for_the_silence_of_others(faulty: Faulty, undisturbed: list[str]) -> None:
     agent, lost = faulty.agent().pid, faulty.gauge("connections_lost_total")
@@ -121,19 +149,6 @@ def test_who_was_stopped_does_not_take_that_for_the_silence_of_others(faulty: Fa
         process.send(signal.SIGCONT)
         assert faulty.ask(1) == undisturbed[1]
     assert (faulty.agent().pid, faulty.gauge("connections_lost_total")) == (agent, lost)
-
-
-@pytest.mark.slow
-def test_a_request_whose_steps_hang_ends_with_an_error(tmp_path: Path) -> None:
-    """The agent ends itself at a step's deadline and is started again, until the request has had its chances."""
-    faulty = Faulty(tmp_path, model={"step_seconds": 1.0}, limits={"step_seconds": 60.0})
-    try:
-        faulty.restart_launcher(limits={"step_seconds": 0.3, "step_seconds_per_token": 0.0})
-        with pytest.raises(AssertionError, match="could not finish this request"):
-            faulty.ask(0)
-        assert faulty.agents.output.count("exited with code 3; starting its model again") >= 3
-    finally:
-        faulty.stop()
 
 
 @pytest.mark.slow
@@ -153,7 +168,9 @@ def test_requests_end_when_the_agents_are_given_up(tmp_path: Path) -> None:
         assert faulty.agents.wait() == 1
         assert "restart 5 of 5" in faulty.serving.log
         assert "given up after 5 restarts in a row" in faulty.serving.log
-        assert faulty.client.get("/health/ready").status_code == 503
+        unready = faulty.client.get("/health/ready")
+        assert (unready.status_code, "given up after 5 restarts in a row)" in unready.text) == (503, True)
+        assert faulty.client.post("/models/llama2", json={"inputs": "hi"}).status_code == 503
         assert faulty.gauge("kv_cache_usage_perc") == 0
     finally:
         faulty.stop()

@@ -296,6 +296,18 @@ def test_the_others_are_served_on_when_a_model_is_given_up(tmp_path: Path) -> No
         assert started.process.stop() == 0
 
 
+@pytest.mark.slow
+def test_a_launcher_that_waits_before_a_restart_ends_at_once(tmp_path: Path) -> None:
+    path = exported(tmp_path / "model")
+    with agents(tmp_path, {"path": path}) as started:
+        shutil.rmtree(path)
+        os.kill(started.ready()[0][2], signal.SIGKILL)
+        started.process.wait_for("starting its model again in 4 s")
+        started.process.send(signal.SIGTERM)
+        assert started.process.wait(seconds=3.5) == 0
+    assert list(started.logs.glob("*.secret*")) == list(started.logs.glob("*.state*")) == []
+
+
 @pytest.mark.parametrize("step_seconds", [0.0, 0.5])
 def test_agents_end_when_the_launcher_is_killed(tmp_path: Path, step_seconds: float) -> None:
     """Also those that are working on a step."""

@@ -205,13 +205,19 @@ def test_a_connection_that_breaks_costs_no_answer(tmp_path: Path, reply: Callabl
 def test_agents_that_come_back_different_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.step_loop.REFUSED_SECONDS", 0.01)
+    monkeypatch.setattr("server.step_loop.REFUSED_SECONDS", 0.2)
     smaller = msgspec.structs.replace(HELLO, num_blocks=50)
     agent = ScriptedAgent(hellos=[HELLO, smaller, HELLO], replies=[letters, lambda plan: None])
 
     async def main(server: LLMServer) -> None:
         await fails(server)
         assert "came back with another model" in caplog.text
+        with pytest.raises(NotServing, match="do not answer"):
+            await generate(server)
+        for _ in range(3000):
+            if server.ready:
+                break
+            await asyncio.sleep(0.01)
         assert (await generate(server)).text == "aaaaa"
         assert agent.connections == 3
 
