@@ -132,7 +132,7 @@ def test_the_culprit_alone_gets_an_error(tmp_path: Path, undisturbed: list[str],
             assert [answer.result() for answer in answers] == undisturbed
         eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
         eventually(lambda: faulty.gauge("kv_cache_usage_perc") == 0)
-        assert faulty.gauge("agent_restarts") == (0 if fault == "raise" else 3)
+        assert faulty.gauge("agent_restarts_total") == (0 if fault == "raise" else 3)
         assert faulty.agents.output.count("exited with code 3") == (3 if fault == "hang" else 0)
         assert (faulty.agent().pid == before) == (fault == "raise")
     finally:

@@ -67,6 +67,7 @@ def run_operator_tests(examples: int) -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_reading_beyond_a_buffer_is_seen() -> None:
     fine = sanitized("-c", BEYOND.format(tokens=2))
     assert (fine.returncode, fine.stdout) == (0, "512.0\n"), fine.stderr[-3000:]
