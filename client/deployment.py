@@ -11,7 +11,7 @@ from typing import Any
 
 from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
 from server.chat_template import CHAT_TEMPLATES
-from server.errors import NotServing, UnknownModel
+from server.errors import InvalidRequest, NotServing, UnknownModel
 from server.llm_server import LLMServer
 from server.metrics import Metrics
 from server.request import GenerationParams
@@ -79,15 +79,19 @@ class ServedModel:
         self._check_warm()
         return await self.server.submit_all(prompt, params, n, request_id)
 
-    def chat_prompt(self, name: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    def chat_prompt(
+        self, name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The prompt of a conversation in the chat template of ``name``, special tokens written out.
 
         Raises:
-            InvalidRequest: there is no template, or it refuses the messages.
+            InvalidRequest: there is no template, it refuses the messages, or it takes no tools.
         """
-        if (chosen := self._chat_templates.get(name)) is not None:
-            return chosen.render(messages)
-        return self.server.tokenizer.apply_chat_template(messages)
+        if (chosen := self._chat_templates.get(name)) is None:
+            return self.server.tokenizer.apply_chat_template(messages, tools=tools)
+        if tools:
+            raise InvalidRequest("this model's chat template shows it no tools; leave them out", "tools")
+        return chosen.render(messages)
 
     def token(self, token_id: int) -> tuple[str, bool]:
         """A token's own text, and whether it is special: leaves no trace in an answer."""

@@ -91,8 +91,15 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
         "min_new_tokens: is more than the … tokens that the answer may have",
     ),
 ]
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
 HI: dict[str, Any] = {"model": "llama2", "prompt": "hi"}
 TALK: dict[str, Any] = {"model": "llama2", "messages": [{"role": "user", "content": "hi"}]}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {**HI, "stream_options": {}}, "stream_options: can only be given in a stream"),
@@ -120,6 +127,54 @@ OPENAI: list[tuple[str, dict[str, Any], str]] = [
         CHAT,
         {"model": "internlm", "messages": [{"role": "assistant", "content": "hi"}]},
         "messages: the model's chat template refuses them: …",
+    ),
+    (
+        CHAT,
+        {**TALK, "messages": [{"role": "assistant", "tool_calls": [call("[]")]}, *TALK["messages"]]},
+        "messages: the arguments of the call … are no JSON object",
+    ),
+    (CHAT, {**TALK, "messages": [{"role": "user"}]}, "messages: a message needs content"),
+    (
+        CHAT,
+        {**TALK, "messages": [{"role": "user", "content": "x", "tool_calls": [call("{}")]}]},
+        "messages: only an assistant's message has tool_calls",
+    ),
+    (
+        CHAT,
+        {**TALK, "messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+        "messages: only a tool's message has a tool_call_id",
+    ),
+    (CHAT, {**TALK, "tools": [TOOL, TOOL]}, "tools: two tools have the same name"),
+    (CHAT, {**TALK, "tool_choice": "required"}, "tool_choice: demands a call, and there are no tools"),
+    (
+        CHAT,
+        {**TALK, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "time"}}},
+        "tool_choice: names …, which is not among the tools",
+    ),
+    (
+        CHAT,
+        {**TALK, "tools": [TOOL], "guided_regex": "a"},
+        "…: cannot be given with tools that may be called: an answer has one form",
+    ),
+    (
+        CHAT,
+        {**TALK, "model": "internlm", "tools": [TOOL]},
+        "tools: this model's chat template shows it no tools; leave them out",
+    ),
+    (
+        COMPLETIONS,
+        {**HI, "guided_regex": "a", "guided_choice": ["a"]},
+        "…: cannot be given with …: an answer has one form",
+    ),
+    (
+        COMPLETIONS,
+        {**HI, "structured_outputs": {"json_object": False}},
+        "structured_outputs: must have one of json, json_object, regex, choice and grammar",
+    ),
+    (
+        COMPLETIONS,
+        {**HI, "guided_regex": "a", "ignore_eos": True},
+        "ignore_eos: cannot go with a constrained answer: only the end token can end one",
     ),
     ("/tokenize", {}, "prompt: must be given, or messages, and not both"),
     ("/tokenize", {"prompt": "\ud800"}, "…: is not valid Unicode text: it holds half a surrogate pair"),
@@ -261,16 +316,6 @@ NOT_OVER_HTTP = {
     "needs a model with an end token, and this one has none",
     "cannot be served: the library does not read this model's tokenizer: …",
     "takes … s to compile; at most … s are given to one",
-    # said to requests of OpenAI's shape
-    "cannot go with a constrained answer: only the end token can end one",
-    "this model's chat template shows it no tools; leave them out",
-    "cannot be given with …: an answer has one form",
-    "must have one of json, json_object, regex, choice and grammar",
-    "the arguments of the call … are no JSON object",
-    "two tools have the same name",
-    "demands a call, and there are no tools",
-    "cannot be given with tools that may be called: an answer has one form",
-    "names …, which is not among the tools",
 }
 # What raises or makes what a client is told, and which of its arguments is the message.
 TELLS = {

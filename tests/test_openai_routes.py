@@ -165,7 +165,8 @@ def test_tokens_there_and_back(client: httpx.Client) -> None:
         ("stop", [""]), ("stop", ["x"] * 17), ("top_logprobs", 21), ("logit_bias", {"x": 1}),
         ("logit_bias", {"1": 101}),
         ("stop_token_ids", [999]), ("seed", 2**64), ("priority", 1000), ("cache_salt", "x" * 257), ("tools", [{}]),
-        ("response_format", {"type": "json_object"}), ("chat_template", "{{ 1 }}"), ("store", True), ("messages", []),
+        ("response_format", {"type": "yaml"}), ("guided_regex", "("), ("chat_template", "{{ 1 }}"), ("store", True),
+        ("messages", []),
         ("messages", [{"role": "robot", "content": "hi"}]),
     ],
 )  # fmt: skip
@@ -179,7 +180,13 @@ def test_what_cannot_be_used_is_refused_by_name(client: httpx.Client, field: str
 
 def test_what_says_nothing_is_ignored_and_the_defaults_are_openais() -> None:
     nothing = dict.fromkeys(GenerationBody.model_fields) | {"store": False, "tools": [], "service_tier": "auto"}
-    harmless = {"response_format": {"type": "text"}, "modalities": ["text"], "user": "me", "metadata": {"a": 1}}
+    harmless = {
+        "response_format": {"type": "text"},
+        "tool_choice": "none",
+        "modalities": ["text"],
+        "user": "me",
+        "metadata": {"a": 1},
+    }
     body = ChatRequest.model_validate({**nothing, **harmless, "model": "llama2", "messages": HI})
     params = body.generation_params(LimitsConfig())
     sampling = params.sampling

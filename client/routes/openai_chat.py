@@ -15,8 +15,10 @@ from client.routes.openai_logprobs import TokensOfText, chat_logprobs
 from client.routes.problem import CHAT_PATH, OPENAI
 from client.routes.served import Served
 from client.schemas.openai_chat import ChatChunk, ChatCompletion, ChatRequest
+from client.schemas.tools import tool_calls_content
 from server.request_stream import Increment
 from server.tokenizer import Tokenizer
+from server.tool_calls import ToolCall, ToolCallParser
 
 ERRORS = documented(400, 404, 413, 415, 422, 429, 431, 500, 503, dialect=OPENAI)
 
@@ -30,14 +32,20 @@ class ChatAnswer:
         self._index = index
         self._tokenizer = tokenizer
         self._tokens = TokensOfText(tokenizer) if body.logprobs else None
+        self._parser = ToolCallParser() if body.may_call else None
+        self._num_calls = 0
         self._begun = False
 
     def whole(self, answer: Increment) -> dict[str, Any]:
+        text, calls = self._parsed(answer)
+        message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = tool_calls_content(calls)
         return {
             "index": self._index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(answer),
-            "finish_reason": finish_reason(answer),
+            "finish_reason": self._finish_reason(answer),
         }
 
     def chunks(self, part: Increment) -> list[dict[str, Any]]:
@@ -46,11 +54,29 @@ class ChatAnswer:
             self._begun = True
             entries.append(self._entry({"role": "assistant", "content": "", "refusal": None}))
         logprobs = self._logprobs(part)
-        if part.text or (logprobs and logprobs["content"]):
-            entries.append(self._entry({"content": part.text}, logprobs))
-        if reason := finish_reason(part):
+        first_index = self._num_calls
+        text, calls = self._parsed(part)
+        if text or (logprobs and logprobs["content"]):
+            entries.append(self._entry({"content": text}, logprobs))
+        if calls:
+            entries.append(self._entry({"tool_calls": tool_calls_content(calls, first_index=first_index)}))
+        if reason := self._finish_reason(part):
             entries.append(self._entry({}, finish_reason=reason))
         return entries
+
+    def _parsed(self, part: Increment) -> tuple[str, list[ToolCall]]:
+        """What of the next part is text, and the calls that it completes."""
+        if self._parser is None:
+            return part.text, []
+        text, calls = self._parser.feed(part.text)
+        if part.finish_reason:
+            text += self._parser.flush()
+        self._num_calls += len(calls)
+        return text, calls
+
+    def _finish_reason(self, part: Increment) -> str | None:
+        reason = finish_reason(part)
+        return "tool_calls" if reason == "stop" and self._num_calls else reason
 
     def _entry(
         self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
@@ -70,7 +96,8 @@ async def chat_completions(request: Request, deployment: Served, body: ChatReque
     """The next message of a conversation: at once, or as a stream if `stream` is true."""
     call = Call(request, deployment, deployment.model(body.model))
     params = body.generation_params(deployment.config.limits)
-    prompt = call.model.chat_prompt(body.model, [message.for_template() for message in body.messages])
+    messages = [message.for_template() for message in body.messages]
+    prompt = call.model.chat_prompt(body.model, messages, body.tools_for_template())
     deployment.log_prompt(call.request_id, body.model, prompt)
     streams = await call.model.submit_all(prompt, params, body.n, call.request_id)
     tokenizer = call.model.server.tokenizer

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from client.schemas.openai_generation import FinishReason, GenerationBody, Usage
+from client.schemas.openai_generation import GenerationBody, Usage
 from client.schemas.request_body import MAX_TOKENS_FIELD, RequestBody
+from client.schemas.tools import MAX_TOOLS, AssistantToolCall, ToolsBody
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import GenerationParams
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 128
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TextPart(BaseModel):
@@ -46,17 +49,44 @@ Content = Annotated[StrictStr, BeforeValidator(_text, json_schema_input_type=str
 class ChatMessage(RequestBody):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is taken as system")
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="developer is taken as system; tool: what a call came to"
+    )
+    content: Content | None = Field(None, description="only an assistant's message with tool_calls may be without")
     name: StrictStr | None = Field(None, description="for templates that read it")
+    tool_calls: Annotated[list[AssistantToolCall], Field(max_length=MAX_TOOLS)] = Field(
+        [], description="the calls that an assistant's message made"
+    )
+    tool_call_id: StrictStr | None = Field(None, description="of a tool's message: the call that it answers")
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "a message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only an assistant's message has tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise PydanticCustomError("tool_call_id", "only a tool's message has a tool_call_id")
+        return self
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content, **({} if self.name is None else {"name": self.name})}
+        """As chat templates expect it.
+
+        Raises:
+            InvalidRequest: the arguments of a call are no JSON object.
+        """
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content or ""
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
-class ChatRequest(GenerationBody):
+class ChatRequest(ToolsBody, GenerationBody):
     """A conversation, and how to answer it."""
 
     model_config = ConfigDict(
@@ -69,8 +99,6 @@ class ChatRequest(GenerationBody):
     harmless_values: ClassVar[Mapping[str, object]] = {
         **GenerationBody.harmless_values,
         "modalities": ["text"],
-        "response_format": {"type": "text"},
-        "tool_choice": "none",
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -108,6 +136,7 @@ class ChatRequest(GenerationBody):
             add_special_tokens=False,  # the template writes them out
             priority=self.priority,
             cache_salt=self.cache_salt,
+            constraint=self.constraint(),
         )
 
 
@@ -130,15 +159,16 @@ class ChatLogprobs(BaseModel):
 
 class AnswerMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null if the answer is calls and nothing else")
     refusal: None
+    tool_calls: list[AssistantToolCall] | None = Field(None, description="only if the answer has any")
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(BaseModel):
@@ -152,17 +182,24 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class ToolCallDelta(AssistantToolCall):
+    """A whole call; its arguments are not cut over several chunks."""
+
+    index: int
+
+
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = Field(None, description="in the first chunk of a choice, with an empty content")
     content: str | None = Field(None, description="of this step; not there in the last chunk of a choice")
     refusal: None = None
+    tool_calls: list[ToolCallDelta] | None = Field(None, description="calls that this step completes")
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None = Field(description="in the last chunk of this choice")
+    finish_reason: ChatFinishReason | None = Field(description="in the last chunk of this choice")
 
 
 class ChatChunk(BaseModel):

@@ -78,6 +78,7 @@ class CompletionRequest(GenerationBody):
             add_special_tokens=self.add_special_tokens,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            constraint=self.constraint(),
             prompt_logprobs=scored,
             prompt_top_logprobs=(self.logprobs or 0) if scored else 0,
         )

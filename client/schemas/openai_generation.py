@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
+from client.schemas.answer_form import FormedBody
 from client.schemas.request_body import MAX_TOKENS_FIELD, RequestBody, StopString, check_limits, random_seed
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
@@ -43,7 +44,7 @@ class StreamOptions(RequestBody):
     include_usage: StrictBool = Field(False, description="one more chunk at the end, with usage and no choices")
 
 
-class GenerationBody(RequestBody):
+class GenerationBody(FormedBody):
     """How to generate, whatever the prompt is."""
 
     harmless_values: ClassVar[Mapping[str, object]] = {"service_tier": "auto"}

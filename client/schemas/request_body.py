@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -40,12 +41,17 @@ class RequestBody(BaseModel):
     def _drop_what_says_nothing(cls, body: object) -> dict[str, object]:
         if not isinstance(body, dict):
             raise PydanticCustomError("object", "must be a JSON object")
-        known = cls.model_fields
+        known = cls._fields_by_name()
         return {
             name: value
             for name, value in body.items()
             if value is not None and (name in known or not cls._is_harmless(name, value))
         }
+
+    @classmethod
+    def _fields_by_name(cls) -> dict[str, FieldInfo]:
+        """By the names that clients use."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @classmethod
     def _is_harmless(cls, name: str, value: object) -> bool:
@@ -55,8 +61,9 @@ class RequestBody(BaseModel):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """The rules above, as a schema can say them."""
         schema = handler.resolve_ref_schema(handler(core))
+        fields = cls._fields_by_name()
         for name, field in schema["properties"].items():
-            if not cls.model_fields[name].is_required():
+            if not fields[name].is_required():
                 _allow_null(field)
         nothing = list(NOTHING)
         for name, value in cls.harmless_values.items():
