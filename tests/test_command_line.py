@@ -297,3 +297,15 @@ def test_python_that_is_shown_runs(code: str, standin: Serving) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout
+
+
+@pytest.mark.slow
+def test_a_chat_with_our_own_server(standin: Serving) -> None:
+    where = ("--url", standin.url, "--max-tokens", "40")
+    expected = run("ask", "hi 你好", "--model", "chat", *where)  # a served name with the chat template
+    assert expected[0] == 0
+    assert run("chat", "--model", "llama2", "--temperature", "0", *where, given="hi 你好\n") == expected
+    assert run("models", "--url", standin.url) == (0, "llama2\ninternlm\ninternlm-chat\nchat\n", "")
+    code, out, _ = run("chat", "--json", *where, given="one\ntwo\n")
+    assert code == 0
+    assert all(json.loads(line)["usage"]["completion_tokens"] > 0 for line in out.splitlines())

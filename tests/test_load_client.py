@@ -369,7 +369,7 @@ def test_a_short_load_on_a_server(standin: Serving, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tgi"])
+@pytest.mark.parametrize("kind", ["tgi", "openai", "chat"])
 def test_our_server_says_its_tokens_in_every_protocol(standin: Serving, kind: Kind, tmp_path: Path) -> None:
     words = ("--protocol", kind, "--rate", "200", "-n", "9", "--output", str(tmp_path / "found"))
     done = load_client(standin.url, *words)
