@@ -111,6 +111,15 @@ def test_hugging_face_hands_every_parameter_on(deployment: Serving) -> None:
     assert len(best.best_of_sequences) == 2
 
 
+def test_hugging_face_chats(deployment: Serving) -> None:
+    client = InferenceClient(base_url=f"{deployment.url}/v1")
+    talk: dict[str, Any] = {"model": "llama2", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12}
+    whole = client.chat_completion(**talk, temperature=0).choices[0].message.content
+    assert whole
+    parts = client.chat_completion(**talk, temperature=0, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole
+
+
 def test_hugging_face_streams_without_blocking(deployment: Serving) -> None:
     async def stream(client: AsyncInferenceClient, prompt: str) -> tuple[str, str | None]:
         tokens = await client.text_generation(prompt, max_new_tokens=12, details=True, stream=True)
