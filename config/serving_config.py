@@ -224,6 +224,9 @@ def _problems(config: ServingConfig) -> Iterator[str]:
     """What the types cannot say: each problem names its key."""
     if not config.models:
         yield "models: needs at least one model"
+    for key in config.limits.__struct_fields__:
+        if isinstance(value := getattr(config.limits, key), float) and not math.isfinite(value):
+            yield f"limits.{key}: needs a finite number"
     hosts = [("server.host", config.server.host)]
     hosts += [(f"models[{i}].agent_host", model.agent_host) for i, model in enumerate(config.models)]
     for key, host in hosts:

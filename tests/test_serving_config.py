@@ -25,6 +25,8 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         (STANDIN.replace("standin", "cpu") % ", standin_faults: {a: hang}", r"models\[0\].standin_faults: only the"),
         (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),
         (STANDIN % "" + "\nserver: {drain_seconds: .inf}", "server.drain_seconds: needs a finite"),
+        (STANDIN % "" + "\nlimits: {max_queue_seconds: .inf}", "limits.max_queue_seconds: needs a finite"),
+        (STANDIN % "" + "\nlimits: {step_seconds: .nan}", "limits.step_seconds: "),
         (STANDIN % "" + "\nserver: {drain_seconds: .nan}", "server.drain_seconds: "),
         (STANDIN.replace("standin", "gpu") % "", r"models\[0\].target: .*'gpu'; one of cpu, ascend, standin"),
         (STANDIN % "" + "\nlogging: {level: loud}", "logging.level: .*'loud'; one of debug, info, warning, error"),
