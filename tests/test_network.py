@@ -120,7 +120,9 @@ def test_packed_weights_change_logits_a_little(family: str, weights: WeightForma
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16", "Q5_0"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_1", "Q8_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q4_0", "BF16", "Q5_0"))]
+)
 def test_the_blocks_of_a_gguf_file_are_served_as_they_are(kind: str, tmp_path: Path) -> None:
     write_tiny_gguf("llama", tmp_path / "tiny.gguf", quantization=getattr(gguf.GGMLQuantizationType, kind))
     runners = []

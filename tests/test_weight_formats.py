@@ -80,10 +80,8 @@ def matched(folder: Path, prompts: Tokens, reference: Tokens) -> float:
     return sum(lengths) / len(lengths)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    ["gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "int8"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["gguf", "bfloat16", "int8"])
 def test_greedy_text_goes_a_long_way_with_that_of_float32(
     weights: WeightFormat, prompts: Tokens, reference: Tokens, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +91,7 @@ def test_greedy_text_goes_a_long_way_with_that_of_float32(
     assert mean >= BOUNDS[weights]
 
 
+@pytest.mark.slow
 def test_float32_goes_all_the_way_with_itself(prompts: Tokens, reference: Tokens) -> None:
     assert matched(default_model("float32"), prompts, reference) > NEW_TOKENS - 2  # but for near ties
 
