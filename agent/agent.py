@@ -12,6 +12,7 @@ from agent.connection import Connection
 from agent.intake import Checked, Intake, check
 from agent.listener import Listener
 from agent.logprobs import token_logprobs
+from agent.outbox import Outbox
 from agent.protocol import Hello, StepError, StepOutput, StepPlan, pack_floats, pack_ints
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
@@ -82,9 +83,9 @@ class Agent:
     def _serve(self, server: Connection, listener: Listener) -> None:
         self._sampler.clear()
         server.send(self.hello)
-        with Intake(server, self._shapes) as intake:
+        with Intake(server, self._shapes) as intake, Outbox(server) as outbox:
             while (taken := intake.next()) and not listener.closed and server.replaced_by is None:
-                server.send(self.run(*taken))
+                outbox.put(self.run(*taken))
                 if self._broken:
                     raise self._broken
         logger.info("the server has detached")

@@ -104,9 +104,10 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that the next step may take, the pending one included; none after the answer's last."""
-        if len(self.output_ids) + self.num_pending_tokens >= self.max_new_tokens:
+        answered = len(self.output_ids) + self.num_pending_tokens
+        if answered >= self.max_new_tokens:
             return 0
-        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
+        return len(self.prompt_ids) + answered - self.num_computed_tokens
 
     @property
     def prompt_is_computed(self) -> bool:

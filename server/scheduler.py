@@ -223,9 +223,11 @@ class Scheduler:
 
     def _fill(self, draft: Draft, suspects: Sequence[Request]) -> tuple[list[Request], list[tuple[int, int]]]:
         """Put the rows together: who was admitted, and the blocks to copy for them."""
-        running = _among(self._running, suspects)
-        decoding = [request for request in running if request.num_uncomputed_tokens == 1]
-        prompts = [request for request in running if request.num_uncomputed_tokens > 1]
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in _among(self._running, suspects):
+            if num_tokens := request.num_uncomputed_tokens:
+                (decoding if num_tokens == 1 else prompts).append(request)
         if self._mixed or self._prompts_last:
             draft.add_all(decoding)
         self._prompts_last = False
