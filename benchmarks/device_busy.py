@@ -1,7 +1,7 @@
 """How busy the device is under many streams: ``python -m benchmarks.device_busy``.
 
-The stand-in model takes 25 ms a step, as a 7B model on one NPU would. App, agent and load client share this machine, and
-tokens go to their clients over HTTP as they come. Busy is the time that the agent spends in the model, of all time.
+The stand-in model takes 25 ms a step, as a 7B model on one NPU would. App, agent and load client share this machine,
+and tokens go to their clients over HTTP as they come. Busy is the time that the agent spends in the model, of all time.
 """
 
 from __future__ import annotations
