@@ -89,7 +89,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     path: str
     names: tuple[str, ...]
-    agent_ports: tuple[Port, ...]
+    agent_ports: tuple[Port, ...]  # one group after another, in each the ranks in order
+    data_parallel: Positive = 1  # groups of agents, each with the whole model
     target: Target = "cpu"
     agent_host: str = "127.0.0.1"
     weights: WeightFormat | None = None  # what the export must have; None: any
@@ -101,6 +102,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
     standin_faults: dict[str, StandinFault] = {}  # stand-in only: what a text in prompt or answer does to its step
     secret_file: str | None = None  # shared by app and agents; None: one beside the logs
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ports of each group of agents, in the order of its ranks."""
+        size = len(self.agent_ports) // self.data_parallel
+        return tuple(self.agent_ports[first : first + size] for first in range(0, len(self.agent_ports), size))
 
     @property
     def cache_bytes(self) -> int:
@@ -130,9 +137,9 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         """The file with the secret that this model's agents and the app share."""
         return Path(model.secret_file or Path(self.logging.folder) / f"agents-{model.agent_ports[0]}.secret")
 
-    def state_path(self, model: ModelConfig) -> Path:
-        """The file in which the launcher of this model's agents says how they are."""
-        return Path(self.logging.folder) / f"agents-{model.agent_ports[0]}.state"
+    def state_path(self, model: ModelConfig, group: int = 0) -> Path:
+        """The file in which the launcher of this model's agents says how those of one group are."""
+        return Path(self.logging.folder) / f"agents-{model.groups[group][0]}.state"
 
 
 def parse_size(text: str) -> int:
@@ -262,6 +269,9 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
             yield f"{key}.names: {name!r} cannot stand in a URL; use letters, digits, '.', '_' and '-'"
     if not model.agent_ports:
         yield f"{key}.agent_ports: needs one port for each rank of the model"
+    if len(model.agent_ports) % model.data_parallel:
+        ports, groups = len(model.agent_ports), model.data_parallel
+        yield f"{key}.agent_ports: {ports} ports do not make {groups} groups of one size (data_parallel)"
     try:
         parse_size(model.cache_memory)
     except ValueError as error:

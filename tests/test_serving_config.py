@@ -17,6 +17,7 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         ("server: {port: 1, host: localhost, port: 2}", "port: given twice, the second time in line 1"),
         (f"limits: {{}}\n{STANDIN % ''}\nlimits: {{}}", "limits: given twice, the second time in line 3"),
         (STANDIN % ", cache_dtype: float32", r"models\[0\].cache_dtype: the stand-in"),
+        (STANDIN % ", data_parallel: 2", r"models\[0\].agent_ports: 1 ports do not make 2 groups"),
         (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
         (STANDIN % ", step_seconds: .inf", r"models\[0\].step_seconds: needs a finite"),
         (STANDIN % ", step_seconds: .nan", r"models\[0\].step_seconds: "),
@@ -49,6 +50,14 @@ def test_a_mistake_is_named(tmp_path: Path, content: str, problem: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=f"deployment.yaml: {problem}"):
         load(path)
+
+
+def test_ports_of_groups(tmp_path: Path) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_text(STANDIN.replace("[9]", "[1, 2, 3, 4]") % ", data_parallel: 2")
+    config = load(path)
+    assert config.models[0].groups == ((1, 2), (3, 4))
+    assert config.state_path(config.models[0], group=1).name == "agents-3.state"
 
 
 def test_sizes() -> None:
