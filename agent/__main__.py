@@ -47,7 +47,7 @@ def _load(settings: AgentSettings) -> tuple[TimedRunner, Agent]:
     model = settings.model
     logger.info("loading rank %d of %s", settings.rank, model.path)
     limits = settings.config.limits
-    runner = TimedRunner(open_runner(model), limits)
+    runner = TimedRunner(open_runner(model, settings.rank), limits)
     agent = Agent(runner, limits, rank=settings.rank, world_size=len(model.agent_ports))
     agent.warm_up()
     return runner, agent

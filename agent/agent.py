@@ -122,7 +122,8 @@ class Agent:
         if sampling.block_copies.size:
             self._runner.copy_blocks(sampling.block_copies)
         started = time.perf_counter()
-        logits = self._runner.run(batch)
+        best_only = not sampling.prompt_targets.size and self._sampler.takes_best(sampling.seats)
+        logits = self._runner.run(batch, best_only=best_only)
         device_seconds = time.perf_counter() - started
         sampled, known = logits[: sampling.seats.size], logits[sampling.seats.size :]
         token_ids = self._sampler.sample(sampled, sampling.seats)

@@ -105,7 +105,10 @@ class ArithmeticModel:
         """Copy the entries of blocks, from and to ``[C, 2]``."""
         self._cache[copies[:, 1]] = self._cache[copies[:, 0]]
 
-    def run(self, batch: StepBatch) -> Logits:
+    def agree(self, digest: bytes) -> None:
+        """Each rank computes the whole rule; none waits for another."""
+
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """The next token of the rule is clearly the best, the others follow in a fixed order."""
         end = time.monotonic() + self._step_seconds
         self._write(batch)
@@ -210,6 +213,7 @@ def write_model(folder: Path) -> None:
         num_layers=1,  # with one head of size 1: a block holds one key and one value a token
         num_heads=1,
         num_kv_heads=1,
+        cache_heads=1,
         head_dim=1,
         vocab_size=VOCAB_SIZE,
         context_length=8192,

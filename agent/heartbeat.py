@@ -6,11 +6,12 @@ main thread does. They act on silence: the server takes the connection for lost,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from agent.logits import Logits
 from agent.protocol import Ints
@@ -45,11 +46,21 @@ class TimedRunner:
         """``Runner.copy_blocks``, which is over at once."""
         self._runner.copy_blocks(copies)
 
-    def run(self, batch: StepBatch) -> Logits:
+    def agree(self, digest: bytes) -> None:
+        """``Runner.agree``, on the clock: a rank that does not come keeps the others waiting."""
+        with self._within(self._limits.step_deadline(0)):
+            self._runner.agree(digest)
+
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """``Runner.run``, on the clock."""
-        self._end = time.monotonic() + self._limits.step_deadline(batch.token_ids.size)
+        with self._within(self._limits.step_deadline(batch.token_ids.size)):
+            return self._runner.run(batch, best_only=best_only)
+
+    @contextlib.contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        self._end = time.monotonic() + seconds
         try:
-            return self._runner.run(batch)
+            yield
         finally:
             self._end = None
 

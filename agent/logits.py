@@ -124,6 +124,27 @@ class Logits:
                 self.values[row], self.maxima[row] = values, maxima
 
 
+@dataclass(frozen=True)
+class Candidates(Logits):
+    """The logits of a few tokens of each row, the best one among them: enough where nothing but that is asked for."""
+
+    ids: NDArray[np.int64]  # [L, C], the tokens, ascending
+
+    @classmethod
+    def among(cls, values: Floats, ids: NDArray[np.int64]) -> Candidates:
+        """Tokens with their logits, ``[L, C]`` both."""
+        return cls(values, np.maximum.reduceat(values, _starts(values), axis=1), ids)
+
+    def __getitem__(self, rows: slice) -> Candidates:
+        """Some rows, without a copy."""
+        return Candidates(self.values[rows], self.maxima[rows], self.ids[rows])
+
+    def best(self) -> NDArray[np.int64]:
+        """The token with the largest logit of each row, of equal ones the first, ``[L]``."""
+        tokens: NDArray[np.int64] = self.ids[np.arange(len(self)), super().best()]
+        return tokens
+
+
 def weigh(logits: Floats, largest: Floats, temperatures: NDArray[np.float64]) -> None:
     """Turn logits ``[N, C]`` into weights exp((logit - largest) / temperature), in place; the others are ``[N]``.
 

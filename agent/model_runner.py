@@ -20,14 +20,16 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.np_dtype import bfloat16
+from mindspore.communication import init
 from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
 from agent.logits import Logits
+from agent.peers import Peers
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_files
+from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
 from kernels import library
 from models import mindir
 
@@ -43,11 +45,12 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """One rank of a model on the CPU, ready to run when constructed."""
 
-    def __init__(self, folder: Path, *, cache_bytes: int, cache_dtype: str, threads: int | None) -> None:
-        """Load, share, prove.
+    def __init__(self, folder: Path, rank: int = 0, *, cache_bytes: int, cache_dtype: str, threads: int | None) -> None:
+        """Load, share, prove. Of a model with several ranks, all of them do that together.
 
         Args:
             folder: what ``models.export`` wrote.
+            rank: of the model's ranks.
             cache_bytes: memory for keys and values.
             cache_dtype: a ``config.serving_config.CacheDtype``.
             threads: of operators; None takes one for each physical core.
@@ -63,16 +66,20 @@ class ModelRunner:
         self.num_blocks = cache_blocks(self.manifest, cache_bytes, cache_dtype)
         if self.manifest.target != "cpu":
             raise ManifestError(f"{folder}: was exported for {self.manifest.target}; this agent runs models for cpu")
-        verify_files(folder, self.manifest)
+        own = rank_folder(rank, self.manifest.world_size)
+        verify_files(folder, self.manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
         self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
-        prefill, decode = load_graphs(folder, self.manifest, self._library, cache_dtype)
+        if self.manifest.world_size > 1:
+            join_collective()
+        prefill, decode = load_graphs(folder / own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
+        self._peers = open_peers(folder / own, self.manifest, rank) if self.manifest.world_size > 1 else None
         self._prefill, self._decode = CompiledGraph(prefill), CompiledGraph(decode)
         m = self.manifest
-        shape = (m.num_layers * self.num_blocks, m.block_size, m.num_kv_heads, m.cache_width(cache_dtype))
+        shape = (m.num_layers * self.num_blocks, m.block_size, m.cache_heads, m.cache_width(cache_dtype))
         numbers = bfloat16 if cache_dtype == "bfloat16" else cache_dtype
         try:
             self._key_cache, self._value_cache = (np.zeros(shape, dtype=numbers) for _ in range(2))
@@ -88,17 +95,39 @@ class ModelRunner:
             by_block = cache.reshape(self.manifest.num_layers, self.num_blocks, *cache.shape[1:])
             by_block[:, copies[:, 1]] = by_block[:, copies[:, 0]]
 
-    def run(self, batch: StepBatch) -> Logits:
+    def agree(self, digest: bytes) -> None:
+        """See that all ranks are about to run the same step, which ``digest`` stands for.
+
+        Raises:
+            RunnerBroken: they are not.
+        """
+        if self._peers:
+            self._peers.agree(digest)
+
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
+
+        ``best_only``: one rank of several returns ``Candidates``.
 
         Raises:
             RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
+        own = self._run(batch)
+        if self._peers is None or not len(own):
+            return own
+        return self._peers.candidates(own) if best_only else self._peers.logits(own)
+
+    def _run(self, batch: StepBatch) -> Logits:
+        """The logits of this rank's tokens."""
         if self._library or fits_one_call(batch, self.manifest.block_size):
             return self._call(batch)
-        logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
+        logits: Floats | None = None
         for part, positions in parts_of(batch, self.manifest.block_size):
-            logits[positions] = self._call(part).values
+            values = self._call(part).values
+            if logits is None:
+                logits = np.empty((batch.logits_indices.size, values.shape[1]), dtype=np.float32)
+            logits[positions] = values
+        assert logits is not None, "a step has rows"
         return Logits.of(logits)
 
     def _call(self, batch: StepBatch) -> Logits:
@@ -124,7 +153,7 @@ class ModelRunner:
         m = self.manifest
         keep = slots >= 0
         for cache, new in zip((self._key_cache, self._value_cache), fresh, strict=True):
-            by_slot = cache.reshape(m.num_layers, self.num_blocks * m.block_size, m.num_kv_heads, m.head_dim)
+            by_slot = cache.reshape(m.num_layers, self.num_blocks * m.block_size, m.cache_heads, m.head_dim)
             by_slot[:, slots[keep]] = new[:, keep]
 
     def _prove_sharing(self) -> None:
@@ -258,6 +287,24 @@ def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:
         return Tensor(shape=[*shape[:-1], manifest.cache_width(cache_dtype)], dtype=getattr(ms, cache_dtype))
 
     return [placeholder(tensor) for tensor in manifest.inputs]
+
+
+def join_collective() -> None:
+    """Meet the other ranks."""
+    init("mccl")
+
+
+def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers:
+    """The other ranks, over the graph that gathers."""
+    graph = nn.GraphCell(ms.load(str(folder / "gather.mindir")))
+    graph.set_inputs(Tensor(shape=[None, None], dtype=ms.float32))
+    compiled = CompiledGraph(graph)
+
+    def gather(own: Floats) -> Floats:
+        gathered: Floats = compiled(Tensor.from_numpy(own)).asnumpy()
+        return gathered
+
+    return Peers(gather, rank, manifest.world_size, manifest.vocab_size)
 
 
 def share_weights(first: nn.GraphCell, second: nn.GraphCell) -> None:

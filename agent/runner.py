@@ -28,8 +28,18 @@ class Runner(Protocol):
         """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``; no block is copied from and to."""
         ...
 
-    def run(self, batch: StepBatch) -> Logits:
+    def agree(self, digest: bytes) -> None:
+        """See that all ranks are about to run the same step, which ``digest`` (at least 8 bytes) stands for.
+
+        Raises:
+            RunnerBroken: they are not.
+        """
+        ...
+
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
+
+        ``best_only``: of each position nothing but the best token is asked for, so ``Candidates`` will do.
 
         Raises:
             RunnerBroken: the step failed, and so will all others.
@@ -37,8 +47,8 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(config: ModelConfig) -> Runner:
-    """The runner of a model's target, ready to run.
+def open_runner(config: ModelConfig, rank: int) -> Runner:
+    """The runner of one rank of a model, ready to run.
 
     Raises:
         ManifestError: the folder holds no model that can be run.
@@ -55,4 +65,6 @@ def open_runner(config: ModelConfig) -> Runner:
         )
     from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
 
-    return ModelRunner(folder, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads)
+    return ModelRunner(
+        folder, rank, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads
+    )

@@ -92,6 +92,13 @@ class Sampler:
             output_ids.size,
         )
 
+    def takes_best(self, seats: Ints) -> bool:
+        """Whether ``sample`` takes the best token for each of these seats, and nothing else is asked for."""
+        changed = self._constrained | self._biased | self._penalized | (self._num_logprobs >= 0)
+        settings = self._settings[seats]
+        too_short = settings["number"] < self._min_new_tokens[seats]
+        return not (changed[seats] | too_short | (settings["temperature"] > 0)).any()
+
     def sample(self, logits: Logits, seats: Ints) -> NDArray[np.int64]:
         """The next token of each of S rows, ``[S]``. The logits are as before when it returns.
 

@@ -86,7 +86,10 @@ class PreparedModel:
     def copy_blocks(self, copies: Ints) -> None:
         raise NotImplementedError("no plan of this benchmark copies blocks")
 
-    def run(self, batch: StepBatch) -> Logits:
+    def agree(self, digest: bytes) -> None:
+        """There is one rank."""
+
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         return next(self._logits)[: batch.logits_indices.size]
 
 

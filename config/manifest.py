@@ -1,4 +1,4 @@
-"""The manifest of one rank of an exported model: the one source of its shapes and rules.
+"""The manifest of an exported model: the one source of its shapes and rules.
 
 ``models.export`` writes it beside the MindIR; agents and server read it, so the server never reads ``models``.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import msgspec
 
 from config.serving_config import Target, WeightFormat
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 LOGITS_RUN = 64  # neighbouring logits of which a graph tells the largest; kernels/linear.cc knows this number too
 CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int32": 4}  # the last: the stand-in's
@@ -50,7 +51,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One rank of an exported model."""
+    """An exported model, with all its ranks."""
 
     version: int = MANIFEST_VERSION
     name: str
@@ -59,12 +60,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     source: str  # the checkpoint's file or folder name
     source_digest: str  # with export_digest: the export is reused while both match
     export_digest: str = ""
-    rank: int = 0
-    world_size: int = 1
+    world_size: int = 1  # ranks of tensor parallelism
     weights: WeightFormat | Literal["none"] = "float32"  # none: the stand-in
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    cache_heads: int  # of them, or of copies and zeros in their place, in each rank's cache
     head_dim: int
     vocab_size: int
     context_length: int
@@ -74,15 +75,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tokenizer: TokenizerRules
     inputs: tuple[GraphTensor, ...] = ()  # the same for prefill and decode, in feed order
     outputs: tuple[GraphTensor, ...] = ()
-    files: dict[str, str] = {}  # name → SHA-256, of every file beside this one
+    files: dict[str, str] = {}  # path in the folder → SHA-256, of every file beside this one
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of each rank's embedding and head; the last rank may have fewer."""
+        return -(-self.vocab_size // self.world_size)
 
     def cache_width(self, dtype: str) -> int:
         """The last axis of a cache of this dtype: a head's numbers and, in int8, their scale."""
         return self.head_dim + (SCALE_BYTES if dtype == "int8" else 0)
 
     def cache_block_bytes(self, dtype: str) -> int:
-        """Bytes of keys and values that one block takes over all layers in a cache of this dtype."""
-        numbers = 2 * self.num_layers * self.block_size * self.num_kv_heads * self.cache_width(dtype)
+        """Bytes of keys and values that one block takes over all layers in one rank's cache of this dtype."""
+        numbers = 2 * self.num_layers * self.block_size * self.cache_heads * self.cache_width(dtype)
         return numbers * CACHE_ITEM_BYTES[dtype]
 
     def check_cache_dtype(self, dtype: str) -> None:
@@ -107,9 +113,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ManifestError(f"{self.name} has {self.weights}; export it with --weights {wanted}")
 
     def digest(self) -> str:
-        """SHA-256 of all that the ranks of one export share: what ``Hello.manifest_digest`` says."""
-        shared = msgspec.structs.replace(self, rank=0, files={})
-        return hashlib.sha256(msgspec.json.encode(shared)).hexdigest()
+        """SHA-256 of all that it says, which every rank and the server must know alike: ``Hello.manifest_digest``."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def rank_folder(rank: int, world_size: int) -> str:
+    """Where in an exported model's folder a rank's graphs are."""
+    return f"rank_{rank}" if world_size > 1 else "."
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -142,13 +152,15 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     (Path(folder) / MANIFEST_FILE).write_bytes(text + b"\n")
 
 
-def verify_files(folder: str | Path, manifest: Manifest) -> None:
-    """Check every file against its digest.
+def verify_files(folder: str | Path, manifest: Manifest, needed: Callable[[str], bool] = lambda name: True) -> None:
+    """Check the files whose names are ``needed`` against their digests.
 
     Raises:
         ManifestError: a file is missing or is not the one that was exported.
     """
     for name, digest in manifest.files.items():
+        if not needed(name):
+            continue
         path = Path(folder) / name
         if not path.is_file():
             raise ManifestError(f"{path}: missing; export the model again")

@@ -57,6 +57,43 @@ void call(Operator *op, std::vector<Value> values) {
   if (op(static_cast<int>(values.size()), pointers, ranks, shapes, dtypes, nullptr, nullptr)) throw std::invalid_argument(last_error_text());
 }
 
+// Zeros of that shape, in memory that all layers share: the residual of a rank that leaves it to another one.
+Value zeros(int64_t rows, int64_t columns) {
+  static std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(rows * columns)) memory.resize(rows * columns, 0.f);
+  return {memory.data(), "float32", {rows, columns}};
+}
+
+// Norm, qkv, attention and output, added to `residual`. Arguments `first` to `first + 10` are: attention norm f32 [N + 1]; qkv
+// weight [Q, N]; inputs 1 to 8 of PagedAttention (cos_sin, slot_mapping, block_tables, query_lens, context_lens, key_cache,
+// value_cache, constants); output weight [N, H * D]. From `bias` on: none, the bias of qkv f32 [Q], and that of output f32 [N].
+void attention(const Arguments &a, const Value &x, int first, int bias, int biases, const Value &residual, const Value &out) {
+  const auto in = [&](int i) { return argument(a, i); };
+  const float *constants = a.data<float>(first + 9, "float32", 1);
+  require(a.dim(first + 9, 0) >= 5, "constants are missing");
+  for (int i : {first + 1, first + 2}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
+  require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
+  const auto heads = static_cast<int64_t>(constants[2]);
+  static std::vector<float> projected, attended;  // of the runtime's one operator thread
+  const Value qkv = matrix(projected, x.shape[0], a.dim(first + 1, 0));
+  const Value values = matrix(attended, x.shape[0], heads * a.dim(first + 2, 1));
+  biases > 0 ? call(NormLinear, {x, in(first), in(first + 1), in(bias), qkv}) : call(NormLinear, {x, in(first), in(first + 1), qkv});
+  call(PagedAttention, {qkv, in(first + 2), in(first + 3), in(first + 4), in(first + 5), in(first + 6), in(first + 7), in(first + 8),
+                        in(first + 9), values});
+  biases > 1 ? call(ResidualLinear, {residual, values, in(first + 10), in(bias + 1), out})
+             : call(ResidualLinear, {residual, values, in(first + 10), out});
+}
+
+// Norm, gate and up, SwiGLU and down, added to `residual`. Arguments from `first` on: MLP norm f32 [N + 1]; weight of gate and
+// up [2 * I, N]; weight of down [N, I].
+void mlp(const Arguments &a, const Value &x, int first, const Value &residual, const Value &out) {
+  require(a.rank(first + 1) == 2, "argument " + std::to_string(first + 1) + " must have rank 2");
+  static std::vector<float> gated;
+  const Value hidden = matrix(gated, x.shape[0], a.dim(first + 1, 0) / 2);
+  call(NormGatedLinear, {x, argument(a, first), argument(a, first + 1), hidden});
+  call(ResidualLinear, {residual, hidden, argument(a, first + 2), out});
+}
+
 }  // namespace
 }  // namespace native
 
@@ -64,33 +101,48 @@ extern "C" {
 
 // y = x + output(attention(qkv(norm(x)))), then y + down(silu(gate) * up) of norm(y).
 //
-// Inputs: 0 x f32 [T, N]; 1 attention norm f32 [N + 1]; 2 qkv weight [Q, N]; 3 to 10: inputs 1 to 8 of PagedAttention (cos_sin,
-// slot_mapping, block_tables, query_lens, context_lens, key_cache, value_cache, constants); 11 output weight [N, H * D]; 12
-// MLP norm f32 [N + 1]; 13 weight of gate and up [2 * I, N]; 14 weight of down [N, I]; optionally 15 bias of qkv f32 [Q], and
-// then 16 bias of the output f32 [N]. Output: f32 [T, N].
+// Inputs: 0 x f32 [T, N]; 1 to 11: of attention; 12 to 14: of mlp; then up to two biases. Output: f32 [T, N].
 int DecoderLayer(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("DecoderLayer", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     require(count >= 16 && count <= 18, "takes 15 to 17 inputs");
-    const auto in = [&](int i) { return argument(a, i); };
-    const float *constants = a.data<float>(10, "float32", 1);
-    require(a.dim(10, 0) >= 5, "constants are missing");
-    for (int i : {0, 2, 3, 13}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
-    require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
-    const auto heads = static_cast<int64_t>(constants[2]);
-    static std::vector<float> projected, attended, halfway, gated;  // of the runtime's one operator thread
-    const int64_t tokens = a.dim(0, 0);
-    const Value x = in(0), qkv = matrix(projected, tokens, a.dim(2, 0)), y = matrix(halfway, tokens, a.dim(0, 1)), out = in(count - 1);
-    const Value heads_out = matrix(attended, tokens, heads * a.dim(3, 1)), hidden = matrix(gated, tokens, a.dim(13, 0) / 2);
-    count > 16 ? call(NormLinear, {x, in(1), in(2), in(15), qkv}) : call(NormLinear, {x, in(1), in(2), qkv});
-    call(PagedAttention, {qkv, in(3), in(4), in(5), in(6), in(7), in(8), in(9), in(10), heads_out});
-    count > 17 ? call(ResidualLinear, {x, heads_out, in(11), in(16), y}) : call(ResidualLinear, {x, heads_out, in(11), y});
-    call(NormGatedLinear, {y, in(12), in(13), hidden});
-    call(ResidualLinear, {y, hidden, in(14), out});
+    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    static std::vector<float> halfway;
+    const Value x = argument(a, 0), y = matrix(halfway, a.dim(0, 0), a.dim(0, 1));
+    attention(a, x, 1, 15, count - 16, x, y);
+    mlp(a, y, 12, y, argument(a, count - 1));
+  });
+}
+
+// One rank's share of a layer's first half, which all ranks' sum up to: output(attention(qkv(norm(x)))).
+//
+// Inputs: 0 x f32 [T, N]; 1 to 11: of attention; then up to two biases. Output: f32 [T, N].
+int AttentionShare(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
+  return guarded("AttentionShare", [&] {
+    const Arguments a(count, pointers, ranks, shapes, dtypes);
+    require(count >= 13 && count <= 15, "takes 12 to 14 inputs");
+    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    attention(a, argument(a, 0), 1, 12, count - 13, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, count - 1));
+  });
+}
+
+// The same of its second half: down(silu(gate) * up) of norm(x).
+//
+// Inputs: 0 x f32 [T, N]; 1 to 3: of mlp. Output: f32 [T, N].
+int MLPShare(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
+  return guarded("MLPShare", [&] {
+    const Arguments a(count, pointers, ranks, shapes, dtypes);
+    a.expect(5);
+    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    mlp(a, argument(a, 0), 1, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, 4));
   });
 }
 
 std::vector<int64_t> DecoderLayerInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
+std::vector<int64_t> AttentionShareInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
+std::vector<int64_t> MLPShareInferShape(int *, int64_t **shapes, AotExtra *) { return {shapes[0][0], shapes[0][1]}; }
 TypeId DecoderLayerInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
+TypeId AttentionShareInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
+TypeId MLPShareInferType(std::vector<TypeId>, AotExtra *) { return kNumberTypeFloat32; }
 
 }  // extern "C"

@@ -132,21 +132,27 @@ void unpack_any_row(const Weight &weight, int64_t row, float *out) {
 using namespace native;
 
 // Inputs: 0 token_ids i32 [T]; 1 weight [N, K] in any format; 2 norm f32 [K + 1], of which only the length is used: packed
-// rows do not tell how many numbers they hold. Output: f32 [T, K], the tokens' rows.
+// rows do not tell how many numbers they hold; optionally 3 first i32 [1], the token of the weight's first row, where other
+// ranks have the other rows: theirs are zeros here. Output: f32 [T, K], the tokens' rows.
 extern "C" int Embedding(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("Embedding", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    a.expect(4);
+    require(count == 4 || count == 5, "takes 3 or 4 inputs");
     const int32_t *ids = a.data<int32_t>(0, "int32", 1);
     a.data<float>(2, "float32", 1);
     const int64_t columns = a.dim(2, 0) - 1;
     const Weight weight = read_weight(a, 1, columns);
-    float *y = a.data<float>(3, "float32", 2);
-    a.expect_dim(3, 0, a.dim(0, 0));
-    a.expect_dim(3, 1, columns);
+    const bool shared = count == 5;
+    if (shared) a.expect_dim(3, 0, 1);
+    const int64_t first = shared ? *a.data<int32_t>(3, "int32", 1) : 0;
+    float *y = a.data<float>(count - 1, "float32", 2);
+    a.expect_dim(count - 1, 0, a.dim(0, 0));
+    a.expect_dim(count - 1, 1, columns);
     for (int64_t t = 0; t < a.dim(0, 0); ++t) {
-      require(ids[t] >= 0 && ids[t] < weight.rows, "token " + std::to_string(ids[t]) + " of " + std::to_string(weight.rows));
-      unpack_any_row(weight, ids[t], y + t * columns);
+      const int64_t row = ids[t] - first;
+      const bool here = row >= 0 && row < weight.rows;
+      require(here || (shared && ids[t] >= 0), "token " + std::to_string(ids[t]) + " of " + std::to_string(weight.rows));
+      here ? unpack_any_row(weight, row, y + t * columns) : void(std::memset(y + t * columns, 0, columns * sizeof(float)));
     }
   });
 }

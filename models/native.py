@@ -11,16 +11,15 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
 from config.serving_config import WeightFormat
 from kernels import library
-from models.checkpoint import Checkpoint
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.weight_format import MATRICES, panels, read_blocks
-from models.weight_map import Rows, Weights
+from models.weight_map import Rows, Weights, WeightSource
 
 F32, I32, U8 = DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
@@ -44,7 +43,7 @@ def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Cus
     return ops.Custom(f"{library.path()}:{name}", None, None, "aot", reg_info=info.target("CPU").get_op_info())
 
 
-def read(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Rows:
+def read(source: WeightSource, name: str, weights: WeightFormat) -> Rows:
     """A weight of ``network_config`` as these operators want it.
 
     Norms end in their epsilon; rows of gate and up take turns, so that a thread has both of an output; matrices have
@@ -53,13 +52,13 @@ def read(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Rows:
     Raises:
         CheckpointError: the weight cannot have that format.
     """
-    config, kind = checkpoint.config, name.rpartition(".")[2]
+    config, kind = source.config, name.rpartition(".")[2]
     if kind in ("attention_norm", "mlp_norm", "norm"):
-        return np.append(checkpoint.read(name), np.float32(config.norm_eps))
+        return np.append(source.read(name), np.float32(config.norm_eps))
     if weights == "float32" or kind not in MATRICES:
-        value = checkpoint.read(name)
+        value = source.read(name)
         return in_turn(value) if kind == "gate_up" else value
-    blocks = read_blocks(checkpoint, name, weights)
+    blocks = read_blocks(source, name, weights)
     if kind == "gate_up":
         blocks = replace(blocks, rows=in_turn(blocks.rows))
     return panels(blocks, config.weight_shapes()[name][1])
@@ -72,7 +71,7 @@ def in_turn(rows: Rows) -> Rows:
     return turns
 
 
-def weight_dtype(weight: Parameter) -> Any:
+def dtype_of(weight: Parameter) -> Any:
     """Packed weights are bytes."""
     return U8 if weight.dtype == ms.uint8 else F32
 
@@ -83,10 +82,24 @@ class Embedding(nn.Cell):  # type: ignore[misc]
     def __init__(self, weight: Parameter, norm: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.weight, self.norm = weight, norm
-        self.rows = custom("Embedding", (I32, weight_dtype(weight), F32, F32))
+        self.rows = custom("Embedding", (I32, dtype_of(weight), F32, F32))
 
     def construct(self, token_ids: Tensor) -> Tensor:
         return self.rows(token_ids, self.weight, self.norm)
+
+
+class SharedEmbedding(nn.Cell):  # type: ignore[misc]
+    """The same where this rank has the rows from ``first_token`` on, and zeros for the tokens of the others."""
+
+    def __init__(self, weight: Parameter, norm: Parameter, first_token: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight, self.norm = weight, norm
+        first = np.array([first_token], np.int32)
+        self.first = Parameter(Tensor(first), name="first_token", requires_grad=False)
+        self.rows = custom("Embedding", (I32, dtype_of(weight), F32, I32, F32))
+
+    def construct(self, token_ids: Tensor) -> Tensor:
+        return self.rows(token_ids, self.weight, self.norm, self.first)
 
 
 class Geometry(nn.Cell):  # type: ignore[misc]
@@ -111,25 +124,63 @@ class DecoderLayer(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
-        check_heads(config)
-        self.attention_norm, self.qkv, self.output = (weights(name) for name in ("attention_norm", "qkv", "output"))
-        self.mlp_norm, self.gate_up, self.down = (weights(name) for name in ("mlp_norm", "gate_up", "down"))
-        self.constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
-        self.qkv_bias, self.output_bias = weights("qkv_bias"), weights("output_bias")
-        biases = [F32 for bias in (self.qkv_bias, self.output_bias) if bias is not None]
-        qkv, output, gate_up, down = (weight_dtype(w) for w in (self.qkv, self.output, self.gate_up, self.down))
-        before = (F32, F32, qkv, F32, I32, I32, I32, I32)
-        after = (F32, output, F32, gate_up, down, *biases, F32)
-        self.layer = custom("DecoderLayer", *((*before, cache, cache, *after) for cache in CACHE_DTYPES))
+        self.attention = attention_inputs(config, index, weights)
+        self.mlp = mlp_inputs(weights)
+        self.biases = biases_of(weights)
+        after = (*map(dtype_of, (*self.mlp, *self.biases)), F32)
+        self.layer = custom("DecoderLayer", *((*before, *after) for before in attention_dtypes(self.attention)))
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        attention = self.attention_norm, self.qkv, *geometry, key_cache, value_cache, self.constants, self.output
-        mlp = self.mlp_norm, self.gate_up, self.down
-        if self.qkv_bias is None:
-            return self.layer(x, *attention, *mlp), ()
-        if self.output_bias is None:
-            return self.layer(x, *attention, *mlp, self.qkv_bias), ()
-        return self.layer(x, *attention, *mlp, self.qkv_bias, self.output_bias), ()
+        norm, qkv, constants, output = self.attention
+        attention = norm, qkv, *geometry, key_cache, value_cache, constants, output
+        return self.layer(x, *attention, *self.mlp, *self.biases), ()
+
+
+class SharedLayer(nn.Cell):  # type: ignore[misc]
+    """The same on one of several ranks, whose results ``reduce`` sums up after attention and after the MLP."""
+
+    def __init__(self, config: NetworkConfig, index: int, weights: Weights, reduce: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.attention = attention_inputs(config, index, weights)
+        self.mlp = mlp_inputs(weights)
+        self.biases = biases_of(weights)
+        after = (*map(dtype_of, self.biases), F32)
+        self.attend = custom("AttentionShare", *((*before, *after) for before in attention_dtypes(self.attention)))
+        self.gate = custom("MLPShare", (F32, *map(dtype_of, self.mlp), F32))
+        self.reduce = reduce
+
+    def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
+        norm, qkv, constants, output = self.attention
+        attention = norm, qkv, *geometry, key_cache, value_cache, constants, output
+        x = x + self.reduce(self.attend(x, *attention, *self.biases))
+        return x + self.reduce(self.gate(x, *self.mlp)), ()
+
+
+def attention_inputs(config: NetworkConfig, index: int, weights: Weights) -> ParameterTuple:
+    """A layer's norm, qkv, constants and output.
+
+    Raises:
+        CheckpointError: the C++ attention does not take such heads.
+    """
+    check_heads(config)
+    constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
+    return ParameterTuple((weights("attention_norm"), weights("qkv"), constants, weights("output")))
+
+
+def attention_dtypes(inputs: ParameterTuple) -> list[tuple[Any, ...]]:
+    """Dtypes of ``x`` and everything up to the output's weight, for each dtype of the cache."""
+    norm, qkv, constants, output = map(dtype_of, inputs)
+    return [(F32, norm, qkv, F32, I32, I32, I32, I32, cache, cache, constants, output) for cache in CACHE_DTYPES]
+
+
+def mlp_inputs(weights: Weights) -> ParameterTuple:
+    """A layer's other norm, gate with up, and down."""
+    return ParameterTuple((weights("mlp_norm"), weights("gate_up"), weights("down")))
+
+
+def biases_of(weights: Weights) -> ParameterTuple:
+    """The biases that a layer has: of qkv, or of qkv and output."""
+    return ParameterTuple(bias for bias in (weights("qkv_bias"), weights("output_bias")) if bias is not None)
 
 
 class Head(nn.Cell):  # type: ignore[misc]
@@ -138,7 +189,7 @@ class Head(nn.Cell):  # type: ignore[misc]
     def __init__(self, norm: Parameter, eps: float, weight: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.norm, self.weight = norm, weight
-        self.head = custom("Head", (F32, I32, F32, weight_dtype(weight), F32, F32), outputs=2)
+        self.head = custom("Head", (F32, I32, F32, dtype_of(weight), F32, F32), outputs=2)
 
     def construct(self, x: Tensor, logits_indices: Tensor) -> Any:
         return self.head(x, logits_indices, self.norm, self.weight)
@@ -167,3 +218,4 @@ def check_heads(config: NetworkConfig) -> None:
 
 GEOMETRY = {"prefill": Geometry, "decode": Geometry}
 LAYER = {"prefill": DecoderLayer, "decode": DecoderLayer}
+SHARED_LAYER = {"prefill": SharedLayer, "decode": SharedLayer}

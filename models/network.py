@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from models.collectives import Share
 from models.network_config import NetworkConfig, RopeScaling
 from models.weight_map import Weights
 
@@ -23,27 +24,39 @@ Phase = Literal["prefill", "decode"]
 
 
 class Network(nn.Cell):  # type: ignore[misc]
-    """A whole decoder for one phase.
+    """A decoder for one phase, whole or one rank's part of it.
 
     Inputs: ``token_ids, positions, slot_mapping`` i32 [T]; ``block_tables`` i32 [R, M]; ``query_lens, context_lens``
     i32 [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's
     block b is at l * num_blocks + b.
 
-    Outputs: logits f32 [L, vocab], then from C++ operators the largest of each 64 neighbouring logits, f32
-    [L, ceil(vocab / 64)], from operators that leave the cache to the host every layer's new keys and values, f32
-    [layers, T, K, D] each.
+    Outputs: logits f32 [L, vocab] (of a rank: those of its tokens), then from C++ operators the largest of each 64
+    neighbouring logits, f32 [L, ceil(vocab / 64)], from operators that leave the cache to the host every layer's new
+    keys and values, f32 [layers, T, K, D] each.
     """
 
     def __init__(
-        self, config: NetworkConfig, weights: Weights, operators: ModuleType, phase: Phase, block_size: int
+        self,
+        config: NetworkConfig,
+        weights: Weights,
+        operators: ModuleType,
+        phase: Phase,
+        block_size: int,
+        share: Share | None = None,
     ) -> None:
+        """``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's."""
         super().__init__(auto_prefix=False)
-        self.embed = operators.Embedding(weights("embed_tokens"), weights("norm"))
+        layer, layers = operators.LAYER[phase], range(config.num_layers)
+        if share is None:
+            self.embed = operators.Embedding(weights("embed_tokens"), weights("norm"))
+            cells = [layer(config, i, of_layer(weights, i)) for i in layers]
+        else:
+            layer, own = operators.SHARED_LAYER[phase], operators.SharedEmbedding
+            embed = own(weights("embed_tokens"), weights("norm"), share.first_token)
+            self.embed = nn.SequentialCell(embed, share.reduce)
+            cells = [layer(config, i, of_layer(weights, i), share.reduce) for i in layers]
         self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
-        self.layers = nn.CellList(
-            [operators.LAYER[phase](config, i, of_layer(weights, i)) for i in range(config.num_layers)],
-            auto_prefix=False,
-        )
+        self.layers = nn.CellList(cells, auto_prefix=False)
         head = weights("embed_tokens" if config.tied_embeddings else "head")
         self.head = operators.Head(weights("norm"), config.norm_eps, head)
 

@@ -19,17 +19,16 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from config.serving_config import WeightFormat
-from models.checkpoint import Checkpoint
 from models.network_config import NetworkConfig
-from models.weight_map import Floats, Weights
+from models.weight_map import Floats, Weights, WeightSource
 
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
 
 
-def read(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Floats:
+def read(source: WeightSource, name: str, weights: WeightFormat) -> Floats:
     """A weight as these operators want it: as it is."""
-    return checkpoint.read(name)
+    return source.read(name)
 
 
 class Embedding(nn.Cell):  # type: ignore[misc]
@@ -41,6 +40,21 @@ class Embedding(nn.Cell):  # type: ignore[misc]
 
     def construct(self, token_ids: Tensor) -> Tensor:
         return ops.gather(self.weight, token_ids, 0)
+
+
+class SharedEmbedding(nn.Cell):  # type: ignore[misc]
+    """The same where this rank has the rows from ``first_token`` on, and zeros for the tokens of the others."""
+
+    def __init__(self, weight: Parameter, norm: Parameter, first_token: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight = weight
+        self.first_token, self.num_rows = first_token, weight.shape[0]
+
+    def construct(self, token_ids: Tensor) -> Tensor:
+        rows = token_ids - self.first_token
+        here = ops.logical_and(rows >= 0, rows < self.num_rows)
+        x = ops.gather(self.weight, rows * ops.cast(here, ms.int32), 0)
+        return x * ops.cast(here, ms.float32).expand_dims(1)
 
 
 class RMSNorm(nn.Cell):  # type: ignore[misc]
@@ -106,14 +120,16 @@ class NormGatedLinear(nn.Cell):  # type: ignore[misc]
 
 
 class ResidualLinear(nn.Cell):  # type: ignore[misc]
-    """A linear layer whose result is added to the residual stream."""
+    """A linear layer whose result, of several ranks their sum, is added to the residual stream."""
 
-    def __init__(self, weight: Parameter, bias: Parameter | None = None) -> None:
+    def __init__(self, weight: Parameter, bias: Parameter | None, reduce: Any) -> None:
         super().__init__(auto_prefix=False)
         self.linear = Linear(weight, bias)
+        self.reduce = reduce
 
     def construct(self, residual: Tensor, x: Tensor) -> Tensor:
-        return residual + self.linear(x)
+        y = self.linear(x)
+        return residual + (y if self.reduce is None else self.reduce(y))
 
 
 class Rope(nn.Cell):  # type: ignore[misc]
@@ -275,14 +291,15 @@ class DecoderLayer(nn.Cell):  # type: ignore[misc]
 
     attention: type[Attention]
 
-    def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
+    def __init__(self, config: NetworkConfig, index: int, weights: Weights, reduce: Any = None) -> None:
+        """``reduce`` sums up the results of several ranks."""
         super().__init__(auto_prefix=False)
         eps = config.norm_eps
         self.qkv = NormLinear(weights("attention_norm"), eps, weights("qkv"), weights("qkv_bias"))
         self.attend = self.attention(config, index, weights("q_norm"), weights("k_norm"))
-        self.output = ResidualLinear(weights("output"), weights("output_bias"))
+        self.output = ResidualLinear(weights("output"), weights("output_bias"), reduce)
         self.gate_up = NormGatedLinear(weights("mlp_norm"), eps, weights("gate_up"))
-        self.down = ResidualLinear(weights("down"))
+        self.down = ResidualLinear(weights("down"), None, reduce)
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
         attended, fresh = self.attend(self.qkv(x), geometry, key_cache, value_cache)
@@ -303,4 +320,4 @@ class DecodeLayer(DecoderLayer):
 
 
 GEOMETRY = {"prefill": PrefillGeometry, "decode": DecodeGeometry}
-LAYER = {"prefill": PrefillLayer, "decode": DecodeLayer}
+LAYER = SHARED_LAYER = {"prefill": PrefillLayer, "decode": DecodeLayer}

@@ -19,10 +19,9 @@ import gguf
 import numpy as np
 
 from config.serving_config import WeightFormat
-from models.checkpoint import Checkpoint
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
-from models.weight_map import Blocks, Bytes, Floats
+from models.weight_map import Blocks, Bytes, Floats, WeightSource
 
 PANEL_ROWS = 16
 BLOCK_COLUMNS = 32
@@ -43,22 +42,22 @@ def can_be_packed(config: NetworkConfig) -> bool:
     return all(shape[1] % BLOCK_COLUMNS == 0 for name, shape in shapes if name.rpartition(".")[2] in MATRICES)
 
 
-def read_blocks(checkpoint: Checkpoint, name: str, weights: WeightFormat) -> Blocks:
-    """One matrix of a checkpoint in a packed format, its rows still in their order.
+def read_blocks(source: WeightSource, name: str, weights: WeightFormat) -> Blocks:
+    """One matrix of a checkpoint or of its part in a packed format, its rows still in their order.
 
     Raises:
         CheckpointError: its rows are no whole number of blocks.
     """
-    columns = checkpoint.config.weight_shapes()[name][1]
+    columns = source.config.weight_shapes()[name][1]
     if columns % BLOCK_COLUMNS:
         raise CheckpointError(
-            f"{checkpoint.source}: {name} has rows of {columns} numbers; packed weights need a multiple of "
+            f"{source.source}: {name} has rows of {columns} numbers; packed weights need a multiple of "
             f"{BLOCK_COLUMNS}: export with --weights float32"
         )
-    stored = checkpoint.read_blocks(name) if weights == "gguf" else None
+    stored = source.read_blocks(name) if weights == "gguf" else None
     if stored is not None:
         return stored
-    return quantised(checkpoint.read(name), Kind.BF16 if weights == "bfloat16" else Kind.Q8_0)
+    return quantised(source.read(name), Kind.BF16 if weights == "bfloat16" else Kind.Q8_0)
 
 
 def quantised(value: Floats, kind: Kind) -> Blocks:

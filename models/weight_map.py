@@ -53,6 +53,23 @@ class TensorSource(Protocol):
         """One tensor as it is stored, if that is in blocks that operators can read."""
 
 
+class WeightSource(Protocol):
+    """The weights of a network, by the names of ``NetworkConfig.weight_shapes``: a checkpoint's, or a rank's part."""
+
+    @property
+    def source(self) -> str:
+        """The checkpoint's file or folder name, for errors."""
+
+    @property
+    def config(self) -> NetworkConfig: ...
+
+    def read(self, name: str) -> Floats:
+        """One weight: float32, C-contiguous, in memory of its own."""
+
+    def read_blocks(self, name: str) -> Blocks | None:
+        """The same weight as the file stores it, if that is in blocks of one kind that operators can read."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One stored tensor that is a weight, or some rows of one."""

@@ -14,9 +14,9 @@ PROMPTS = [
 ]
 
 
-def default_model(weights: WeightFormat) -> Path:
+def default_model(weights: WeightFormat, ranks: int = 1) -> Path:
     """The folder of its export, made unless it is there; C++ operators if they can be built."""
-    folder = export.MODELS_FOLDER / f"{export.DEFAULT_FOLDER.name}-{weights}"
-    operators = export.choose_operators("auto")
-    export.export(export.default_checkpoint(), folder, export.ExportOptions(operators=operators, weights=weights))
+    folder = export.MODELS_FOLDER / f"{export.DEFAULT_FOLDER.name}-{weights}{f'-tp{ranks}' if ranks > 1 else ''}"
+    options = export.ExportOptions(operators=export.choose_operators("auto"), weights=weights, ranks=ranks)
+    export.export(export.default_checkpoint(), folder, options)
     return folder

@@ -270,7 +270,7 @@ class PausingModel(ArithmeticModel):
         super().__init__(FOLDER, cache_bytes=1 << 16)
         self.working, self.resume = threading.Event(), threading.Event()
 
-    def run(self, batch: StepBatch) -> Logits:
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         self.working.set()
         assert self.resume.wait(30)
         return super().run(batch)
@@ -339,7 +339,7 @@ class FailingModel(ArithmeticModel):
 
     steps = 0
 
-    def run(self, batch: StepBatch) -> Logits:
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         self.steps += 1
         if self.steps == 3:
             raise RuntimeError("the device is on fire")
@@ -368,7 +368,7 @@ def test_a_model_that_fails_is_an_answer_and_nothing_of_the_step_counts() -> Non
 class BrokenModel(ArithmeticModel):
     """Cannot run any more, as a graph whose operator has failed."""
 
-    def run(self, batch: StepBatch) -> Logits:
+    def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         raise RunnerBroken("the graph cannot be run any more")
 
 

@@ -75,6 +75,16 @@ def test_a_layer_is_its_parts(native: NativeLibrary, tokens: int, cached: int, b
     assert np.array_equal(whole[9], apart[9])
 
 
+@many
+@given(tokens=st.integers(1, 40), cached=st.integers(0, 30), biases=st.integers(0, 2))
+def test_shares_of_one_rank_are_the_layer(native: NativeLibrary, tokens: int, cached: int, biases: int) -> None:
+    whole, apart = (Layer(tokens, cached, biases).arguments() for _ in range(2))
+    x, mlp, shape = apart[0], apart[12:15], (tokens, HIDDEN)
+    x = x + native.call("AttentionShare", [*apart[:12], *apart[15:]], shape)
+    x = x + native.call("MLPShare", [x, *mlp], shape)
+    np.testing.assert_allclose(x, native.call("DecoderLayer", whole, shape), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("index", "wrong", "message"),
     [
@@ -98,3 +108,9 @@ def test_wrong_arguments_are_named(native: NativeLibrary, index: int, wrong: Arr
 def test_too_few_arguments_are_refused(native: NativeLibrary) -> None:
     with pytest.raises(OperatorError, match="takes 15 to 17 inputs"):
         native.call("DecoderLayer", Layer(tokens=1, cached=0, biases=0).arguments()[:14], (1, HIDDEN))
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("AttentionShare", "12 to 14"), ("MLPShare", "instead of 5")])
+def test_a_share_with_too_few_arguments_is_refused(native: NativeLibrary, name: str, inputs: str) -> None:
+    with pytest.raises(OperatorError, match=f"{name}: .*{inputs}"):
+        native.call(name, Layer(tokens=1, cached=0, biases=0).arguments()[:2], (1, HIDDEN))

@@ -41,7 +41,10 @@ def runtime() -> list[str]:
     )
 
 
-pytestmark = pytest.mark.skipif(not runtime(), reason="no C++ compiler with GCC's address sanitizer")
+pytestmark = [
+    pytest.mark.slow,  # it builds the library once more
+    pytest.mark.skipif(not runtime(), reason="no C++ compiler with GCC's address sanitizer"),
+]
 
 
 def sanitized(*arguments: str, examples: int = 1) -> subprocess.CompletedProcess[str]:
@@ -59,15 +62,6 @@ def sanitized(*arguments: str, examples: int = 1) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
-def run_operator_tests(examples: int) -> None:
-    files = [str(TESTS / name) for name in FILES]
-    done = sanitized("-m", "pytest", "-x", "--capture=sys", "-p", "no:cacheprovider", *files, examples=examples)
-    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
-
-
-@pytest.mark.slow
 def test_reading_beyond_a_buffer_is_seen() -> None:
     fine = sanitized("-c", BEYOND.format(tokens=2))
     assert (fine.returncode, fine.stdout) == (0, "512.0\n"), fine.stderr[-3000:]
@@ -77,9 +71,8 @@ def test_reading_beyond_a_buffer_is_seen() -> None:
 
 
 def test_operators_stay_within_their_buffers() -> None:
-    run_operator_tests(examples=10)
-
-
-@pytest.mark.slow
-def test_operators_stay_within_their_buffers_in_many_cases() -> None:
-    run_operator_tests(examples=300)
+    files = [str(TESTS / name) for name in FILES]
+    done = sanitized("-m", "pytest", "-x", "--capture=sys", "-p", "no:cacheprovider", *files, examples=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout

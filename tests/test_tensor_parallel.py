@@ -1,0 +1,124 @@
+"""One model over several agents: the text is that of one, in whatever way its requests are run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from default_model import NEW_TOKENS, PROMPTS, default_model
+from golden_text import Answer, agreement, ask, ask_together, metric
+from serving_processes import Serving, eventually, free_ports, serving
+
+from config.manifest import read_manifest
+from kernels import library
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long")
+
+RANKS = 2
+
+
+@contextlib.contextmanager
+def deployed(ranks: int, folder: Path, cache_memory: str) -> Iterator[Serving]:
+    """The default model in the reference format on so many agents."""
+    model = {
+        "path": str(default_model("float32", ranks)),
+        "target": "cpu",
+        "agent_ports": free_ports(ranks),
+        "cache_memory": cache_memory,
+        "cache_dtype": "float32",
+    }
+    with serving(folder, [model]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with deployed(RANKS, tmp_path_factory.mktemp("ranks"), "128MiB") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def answers(deployment: Serving) -> list[Answer]:
+    """All prompts at once."""
+    return ask_together(deployment, PROMPTS)
+
+
+def check(answers: list[Answer]) -> None:
+    """See that all tokens before a near tie are the reference's, and that these are most of them."""
+    assert all(len(answer.token_ids) == NEW_TOKENS for answer in answers)
+    assert sum(agreement(answer) for answer in answers) > len(answers) * NEW_TOKENS / 2
+
+
+def test_two_ranks_write_the_text_of_one(answers: list[Answer]) -> None:
+    assert len(answers) >= 30
+    check(answers)
+
+
+def test_alone_is_as_in_a_batch(deployment: Serving, answers: list[Answer]) -> None:
+    for prompt, together in list(zip(PROMPTS, answers, strict=True))[::12]:
+        alone = ask(deployment.client(), prompt)
+        same = min(agreement(alone), agreement(together))
+        assert alone.token_ids[:same] == together.token_ids[:same]
+
+
+def test_a_stream_is_the_full_text(deployment: Serving) -> None:
+    parameters = {"max_new_tokens": 24, "return_full_text": False, "return_protocol": "raw"}
+    body = {"inputs": PROMPTS[0], "parameters": parameters}
+    full = deployment.client().post("/models/internlm/generate", json=body).json()["generated_text"]
+    with deployment.client().stream("POST", "/models/internlm/generate_stream", json=body) as response:
+        pieces = [httpx.Response(200, content=line[5:]).json()["token"]["text"] for line in response.iter_lines()]
+    assert "".join(pieces) == full
+
+
+def test_a_seed_gives_the_same_sample_on_its_own_and_beside_others(deployment: Serving) -> None:
+    parameters = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.0, "top_k": 20, "seed": 7}
+    body = {"inputs": PROMPTS[1], "parameters": parameters}
+    first, second = (
+        deployment.client().post("/models/llama2/generate", json=body).json()["generated_text"] for _ in range(2)
+    )
+    assert first == second
+    greedy = deployment.client().post("/models/llama2/generate", json={**body, "parameters": {"max_new_tokens": 12}})
+    assert greedy.json()["generated_text"] != first
+
+
+def test_a_client_that_leaves_frees_its_blocks_on_all_ranks(deployment: Serving) -> None:
+    body = {"inputs": PROMPTS[2], "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
+    with deployment.client().stream("POST", "/models/llama2/generate_stream", json=body) as response:
+        next(response.iter_raw())
+        assert metric(deployment, "num_requests_running") == 1
+    eventually(lambda: metric(deployment, "kv_cache_usage_perc") == 0)
+    check([ask(deployment.client(), PROMPTS[2])])
+
+
+def test_each_rank_holds_about_half_of_the_weights() -> None:
+    whole, cut = default_model("float32"), default_model("float32", RANKS)
+    size = (whole / "weights.bin").stat().st_size
+    for rank in range(RANKS):
+        assert 0.5 <= (cut / f"rank_{rank}" / "weights.bin").stat().st_size / size < 0.56
+    manifest = read_manifest(cut)
+    assert (manifest.world_size, manifest.num_kv_heads, manifest.cache_heads) == (RANKS, 3, 2)
+
+
+@pytest.mark.slow
+def test_preempted_requests_give_the_same_text(tmp_path: Path) -> None:
+    with deployed(RANKS, tmp_path, "8MiB") as crowded:
+        check(ask_together(crowded, PROMPTS[::3]))
+        assert metric(crowded, "num_preemptions_total") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_write_the_text_of_one(ranks: int, tmp_path: Path) -> None:
+    with deployed(ranks, tmp_path, "128MiB") as started:
+        check(ask_together(started, PROMPTS))
+        assert len(agents_of(started)) == ranks
+
+
+def agents_of(deployment: Serving) -> list[psutil.Process]:
+    """The processes of its agents."""
+    assert deployment.agents is not None
+    return [process for process in deployment.agents.children() if process.cmdline()[-2:] == ["-m", "agent"]]
