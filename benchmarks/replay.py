@@ -18,7 +18,7 @@ from benchmarks.latency import Answer
 from benchmarks.trace import Job, Shape
 from server.block_manager import BlockManager
 from server.request import GenerationParams, Request
-from server.scheduler import Scheduler
+from server.scheduler import SPARE_BLOCKS, Scheduler
 from server.step import Step
 
 END, TOKEN = 0, 1  # what ends an answer, and what it is made of
@@ -33,6 +33,7 @@ class Limits:
     chunks: bool = True  # prompts are cut; False: each goes into one step
     mixed: bool = True  # prompts and decoding rows share steps; False: the two take turns
     prefix_caching: bool = True
+    spare_blocks: int = SPARE_BLOCKS  # that an admission leaves for each running row
     cached_tokens: int | None = None  # None: what the device has room for
     max_new_tokens: int | None = None  # that each request asks for; None: just the tokens that its answer has
 
@@ -95,6 +96,7 @@ class Policy:
             prefix_caching=limits.prefix_caching,
             chunks=limits.chunks,
             mixed=limits.mixed,
+            spare_blocks=limits.spare_blocks,
         )
         self._outcomes: dict[Request, Outcome] = {}
         self._number = 0

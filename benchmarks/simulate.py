@@ -41,6 +41,7 @@ SWEPT: dict[str, Callable[[str], int | bool]] = {
     "chunks": switch,
     "mixed": switch,
     "prefix_caching": switch,
+    "spare_blocks": count,
     "cached_tokens": count,
     "max_new_tokens": count,
 }

@@ -6,10 +6,10 @@ Pure: no clock, no sockets, no asyncio, so it can be read in one go and tested w
   a queue that cannot serve its head waits.
 - A step's token budget goes to decoding rows first (one token each), then to running prompts, then to the queue's head.
   A prompt beyond the budget is cut into chunks, so a long prompt never stalls running answers by more than one step.
-- A request is admitted when a seat is free and its whole prompt has blocks, with one block to spare for each running
-  row, so that the admission does not lead to a preemption a few tokens later. It takes over the blocks that hold the
-  begin of its prompt already; the answers to one prompt share its blocks, and copy the last one, which each goes on to
-  fill.
+- A request is admitted when a seat is free and its whole prompt has blocks, with ``SPARE_BLOCKS`` to spare for each
+  running row, so that the admission does not lead to a preemption a few tokens later. It takes over the blocks that
+  hold the begin of its prompt already; the answers to one prompt share its blocks, and copy the last one, which each
+  goes on to fill.
 - When a running row needs a block and none is free, the last in the order is preempted: it gives up seat and blocks,
   keeps its answer so far and goes back to the queue, to be recomputed. Whoever was preempted ``MAX_PREEMPTIONS`` times
   comes back only when its whole answer has room, and stays. So the others always go on, and nobody is dropped.
@@ -35,6 +35,7 @@ from server.trials import Trials
 
 MAX_IN_FLIGHT = 2  # steps: one that the agents run, and the next
 MAX_PREEMPTIONS = 3  # of one request
+SPARE_BLOCKS = 2  # docs/scheduling.md says why
 
 _in_order = attrgetter("order")
 
@@ -65,10 +66,12 @@ class Scheduler:
         prefix_caching: bool = True,
         chunks: bool = True,
         mixed: bool = True,
+        spare_blocks: int = SPARE_BLOCKS,
     ) -> None:
         """``salt`` keeps the keys of known prefixes secret.
 
-        What the graphs can do: ``chunks`` of prompts after what is cached, prompts and decoding rows ``mixed``.
+        What the graphs can do: ``chunks`` of prompts after what is cached, prompts and decoding rows ``mixed``. An
+        admission leaves ``spare_blocks`` for each running row.
         """
         self.blocks = blocks
         self._budget = max_num_batched_tokens
@@ -79,6 +82,7 @@ class Scheduler:
         self._prefix_caching = prefix_caching and chunks
         self._chunks = chunks
         self._mixed = mixed
+        self._spare_blocks = spare_blocks
         self._prompts_last = False  # the step before was of prompts; of graphs that do not mix
         self._waiting: list[Request] = []  # in order, as are those that run
         self._running: list[Request] = []
@@ -273,7 +277,7 @@ class Scheduler:
         return admitted, copies
 
     def _find_room(self, request: Request, suspects: Sequence[Request]) -> Prefix | None:
-        """What ``request`` can begin with if there is a seat, and blocks with one to spare for each running row.
+        """What ``request`` can begin with if there is a seat, and blocks with some to spare for each running row.
 
         Where suspects run apart, the others make room.
         """
@@ -281,7 +285,7 @@ class Scheduler:
         while True:
             prefix = self._known_prefix(request)
             spare = self.blocks.spare(prefix.shared, self._num_reserved(request))
-            if self._seats and spare >= len(self._running) - len(others):
+            if self._seats and spare >= self._spare_blocks * (len(self._running) - len(others)):
                 return prefix
             if not others:
                 return None

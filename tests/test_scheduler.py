@@ -97,7 +97,7 @@ def test_admission_waits_for_a_seat_in_the_order_of_arrival() -> None:
 
 
 def test_a_small_request_does_not_overtake_a_large_one() -> None:
-    policy = scheduler(num_blocks=6)
+    policy = scheduler(num_blocks=1 + 6)
     running, large, small = request(9), request(9), request(1)
     for one in (running, large, small):
         policy.add(one)
@@ -106,13 +106,14 @@ def test_a_small_request_does_not_overtake_a_large_one() -> None:
     assert [row.request for row in run(policy).rows] == [large, small]
 
 
-def test_an_admission_leaves_a_block_for_each_running_row() -> None:
-    policy = scheduler(num_blocks=1 + 5)
-    first, second = request(8), request(12)
+@pytest.mark.parametrize(("num_blocks", "admitted"), [(7, True), (6, False)])
+def test_an_admission_leaves_two_blocks_for_each_running_row(num_blocks: int, admitted: bool) -> None:
+    policy = scheduler(num_blocks=1 + num_blocks)
+    first, second = request(5), request(12)
     policy.add(first)
-    run(policy)
-    policy.add(second)  # its three blocks are free, but the first request needs one of them right now
-    assert [row.request for row in run(policy).rows] == [first]
+    run(policy)  # two blocks
+    policy.add(second)  # its three are free
+    assert (second in [row.request for row in run(policy).rows]) == admitted
 
 
 def test_the_latest_arrival_makes_room_and_keeps_its_answer() -> None:
@@ -210,20 +211,22 @@ def test_the_next_step_is_planned_before_the_token_of_the_last_is_known() -> Non
 
 
 def test_a_preempted_request_is_not_admitted_before_its_step_is_over() -> None:
-    policy = scheduler(num_blocks=1 + 4)
+    policy = scheduler(num_blocks=1 + 5)
     first, second = request(8), request(4)
     policy.add(first)
     policy.add(second)
+    for _ in range(4):
+        run(policy)
     step = policy.schedule()
-    following = policy.schedule()  # a third block for the first request, and none is left for the second
+    following = policy.schedule()  # a fourth block for the first request, and none is left for the second
     assert step
     assert following
     assert shares(following) == [(first, 1, True)]
     assert second.status is Status.WAITING
     policy.update(step, [1, 2])
-    assert second.output_ids == [2]
+    assert second.output_ids == [1, 1, 1, 1, 2]
     policy.finish(first, "abort")
-    assert shares(policy.schedule()) == [(second, 5, True)]
+    assert shares(policy.schedule()) == [(second, 5, True)]  # its first block is known
 
 
 def common(length: int, name: str = "", **params: Any) -> Request:
