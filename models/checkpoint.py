@@ -130,8 +130,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     gguf_files = sorted(folder.glob("*.gguf"))
     has_config = (folder / CONFIG_FILE).is_file()
     has_safetensors = any(folder.glob("*.safetensors"))
-    described = find_mindformers_file(folder)
-    if described is not None and _is_mindformers(folder):
+    may_be_mindformers = not (has_config or gguf_files) or _has_mindformers_weights(folder)
+    if may_be_mindformers and (described := find_mindformers_file(folder)) is not None:
         return _open_mindformers(folder, described)
     if gguf_files and not (has_config and has_safetensors):
         if len(gguf_files) > 1:
@@ -169,9 +169,9 @@ def _open_huggingface(folder: Path) -> Checkpoint:
     return Checkpoint(source=name, name=name, config=config, text=text, tensors=tensors, weights=weights)
 
 
-def _is_mindformers(folder: Path) -> bool:
-    """Whether the weights beside a YAML file are MindFormers': their names say so where there is a config.json, too."""
-    if not (folder / CONFIG_FILE).is_file() or any(folder.glob(f"*{CKPT}")):
+def _has_mindformers_weights(folder: Path) -> bool:
+    """Whether a folder that has another format's files holds MindFormers' weights, by their file or tensor names."""
+    if any(folder.glob(f"*{CKPT}")):
         return True
     return any(folder.glob("*.safetensors")) and MINDFORMERS_EMBEDDING in SafetensorsFolder(folder).shapes
 

@@ -159,6 +159,7 @@ def test_files_of_the_huggingface_folder_may_lie_beside(form: Form, tmp_path: Pa
 def test_a_yaml_file_changes_nothing_for_a_huggingface_folder(tmp_path: Path) -> None:
     model = write_tiny("llama", tmp_path)
     write_yaml(tmp_path, "llama", model, rms_norm_eps=0.5)
+    (tmp_path / "other.yaml").write_text("of: !another program")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.norm_eps == model.config.rms_norm_eps
     assert_same_weights(checkpoint, model)
