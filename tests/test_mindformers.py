@@ -34,6 +34,8 @@ from tiny_mindformers import (
     write_mindformers,
     write_yaml,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 from config.manifest import read_manifest
 from models.checkpoint import CheckpointError, open_checkpoint, source_digest
@@ -296,3 +298,33 @@ def read_config(folder: Path) -> NetworkConfig:
     file = find_mindformers_file(folder)
     assert file is not None
     return mindformers_config(file)
+
+
+def test_a_vocabulary_and_its_merges_are_qwens_tokenizer(tmp_path: Path) -> None:
+    write_mindformers("qwen2", tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog, and the fox's den"] * 4, trainer)
+    tokenizer.model.save(str(tmp_path))
+    count = tokenizer.get_vocab_size()
+    added = {
+        count: {"content": "<|endoftext|>", "special": True},
+        count + 1: {"content": "<|im_end|>", "special": True},
+    }
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
+    with pytest.raises(CheckpointError, match=r"vocab\.json: is a vocabulary of None; supported .* Qwen2Tokenizer"):
+        open_checkpoint(tmp_path)
+    edit_yaml_tokenizer(tmp_path, type="Qwen2Tokenizer", bos_token=None, eos_token="<|im_end|>")
+    text = open_checkpoint(tmp_path).text
+    assert (text.rules.bos_token_id, text.rules.add_bos, text.rules.eos_token_ids[0]) == (BOS, False, count + 1)
+    ours = Tokenizer.from_str(text.tokenizer_json)
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"})
+    theirs = Qwen2Tokenizer.from_pretrained(tmp_path)
+    for sample in ("The quick fox's den<|im_end|>", " 12345  the\n\n dog", "e\u0301 and 狐狸"):
+        ids = ours.encode(sample).ids
+        assert ids == theirs.encode(sample, add_special_tokens=False)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
