@@ -16,10 +16,20 @@ from models.gguf_file import GGUFFile
 from models.gguf_tokenizer import gguf_text
 from models.huggingface_config import CONFIG_FILE, ConfigFile, huggingface_config
 from models.huggingface_text import TEXT_FILES, huggingface_text
+from models.mindformers_config import (
+    YAML_SUFFIXES,
+    MindFormersFile,
+    find_mindformers_file,
+    fused_rows,
+    mindformers_config,
+)
+from models.mindformers_text import mindformers_text
+from models.mindspore_checkpoint import CKPT, MindSporeCheckpoint
 from models.network_config import NetworkConfig
 from models.safetensors_folder import PICKLES, SafetensorsFolder
 from models.text_files import TextFiles
 from models.weight_map import (
+    MINDFORMERS_EMBEDDING,
     Blocks,
     Floats,
     TensorSource,
@@ -27,14 +37,20 @@ from models.weight_map import (
     check_tensors,
     gguf_weight_map,
     huggingface_weight_map,
+    mindformers_fused,
+    mindformers_weight_map,
     read_blocks,
     read_weight,
 )
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "source_digest"]
 
-FORMATS = "a .gguf file, a folder with one, or a Hugging Face folder (config.json and *.safetensors)"
+FORMATS = (
+    "a .gguf file, a folder with one, a Hugging Face folder (config.json and *.safetensors), or a MindFormers folder "
+    "(its YAML file, and *.ckpt or *.safetensors)"
+)
 GGUF_MAGIC = b"GGUF"
+RANK_FOLDER = "rank_"  # how the folders of a distributed MindFormers checkpoint begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +85,10 @@ def source_digest(path: Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: does not exist; expected {FORMATS}")
-    kinds, names = (".gguf", ".safetensors"), (CONFIG_FILE, *TEXT_FILES)
-    files = sorted(file for file in path.iterdir() if file.suffix in kinds or file.name in names)
-    listing = "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+    kinds, names = (".gguf", ".safetensors", CKPT, *YAML_SUFFIXES), (CONFIG_FILE, *TEXT_FILES)
+    everything = (*path.iterdir(), *path.glob(f"{RANK_FOLDER}0/*"))
+    files = sorted(file for file in everything if file.suffix in kinds or file.name in names)
+    listing = "".join(f"{file_digest(file)}  {file.relative_to(path)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -100,6 +117,8 @@ def _open(path: Path) -> Checkpoint:
             f"{path}: PyTorch's pickle files can run any code when they are opened and are never read; "
             f"expected {FORMATS}"
         )
+    if path.suffix == CKPT:
+        raise CheckpointError(f"{path}: says nothing of its network; give a folder with it and its YAML file")
     with path.open("rb") as file:
         start = file.read(len(GGUF_MAGIC))
     if start != GGUF_MAGIC:
@@ -111,6 +130,9 @@ def _open_folder(folder: Path) -> Checkpoint:
     gguf_files = sorted(folder.glob("*.gguf"))
     has_config = (folder / CONFIG_FILE).is_file()
     has_safetensors = any(folder.glob("*.safetensors"))
+    may_be_mindformers = not (has_config or gguf_files) or _has_mindformers_weights(folder)
+    if may_be_mindformers and (described := find_mindformers_file(folder)) is not None:
+        return _open_mindformers(folder, described)
     if gguf_files and not (has_config and has_safetensors):
         if len(gguf_files) > 1:
             names = ", ".join(path.name for path in gguf_files)
@@ -145,6 +167,50 @@ def _open_huggingface(folder: Path) -> Checkpoint:
     text = huggingface_text(folder, file, config.vocab_size)
     name = folder.resolve().name
     return Checkpoint(source=name, name=name, config=config, text=text, tensors=tensors, weights=weights)
+
+
+def _has_mindformers_weights(folder: Path) -> bool:
+    """Whether a folder that has another format's files holds MindFormers' weights, by their file or tensor names."""
+    if any(folder.glob(f"*{CKPT}")):
+        return True
+    return any(folder.glob("*.safetensors")) and MINDFORMERS_EMBEDDING in SafetensorsFolder(folder).shapes
+
+
+def _open_mindformers(folder: Path, file: MindFormersFile) -> Checkpoint:
+    config = mindformers_config(file)
+    _check_heads(file.path, config)
+    tensors = _mindformers_tensors(folder)
+    rows = fused_rows(file) if mindformers_fused(tensors.shapes) else "stacked"
+    weights = mindformers_weight_map(config, tensors.shapes, rows)
+    check_tensors(folder, tensors, weights, unused=lambda name: _recomputed(name, config) or _beside_network(name))
+    text = mindformers_text(folder, file, config.vocab_size)
+    name = folder.resolve().name
+    return Checkpoint(source=name, name=name, config=config, text=text, tensors=tensors, weights=weights)
+
+
+def _mindformers_tensors(folder: Path) -> TensorSource:
+    """The weights in a folder, or in its ``rank_0`` if that is the only rank."""
+    has_safetensors, has_ckpt = any(folder.glob("*.safetensors")), any(folder.glob(f"*{CKPT}"))
+    if has_safetensors and has_ckpt:
+        raise CheckpointError(f"{folder}: holds both safetensors and {CKPT} files; leave those to serve in it")
+    if has_safetensors:
+        return SafetensorsFolder(folder)
+    if has_ckpt:
+        return MindSporeCheckpoint(folder)
+    ranks = sorted(path for path in folder.glob(f"{RANK_FOLDER}*") if path.is_dir())
+    if len(ranks) == 1:
+        return _mindformers_tensors(ranks[0])
+    if ranks:
+        raise CheckpointError(
+            f"{folder}: holds the slices of {len(ranks)} ranks; make whole tensors of them first, with MindFormers' "
+            "transform_ckpt.py or MindSpore's unified_safetensors, and put those in their place"
+        )
+    raise CheckpointError(f"{folder}: has no {CKPT} and no safetensors files with its weights")
+
+
+def _beside_network(name: str) -> bool:
+    """An optimizer's state, a training's counters, and caches, which MindFormers saves together with a network."""
+    return not name.startswith(("model.", "lm_head.")) or ".paged_attention_mgr." in name or ".kvcache_mgr." in name
 
 
 def _check_heads(path: Path, config: NetworkConfig) -> None:

@@ -279,7 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 1 with a reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="a .gguf file or a Hugging Face folder; default: SmolLM2"
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="a .gguf file, or a Hugging Face or MindFormers folder; default: SmolLM2",
     )
     parser.add_argument(
         "--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or {MODELS_FOLDER}/NAME"

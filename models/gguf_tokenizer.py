@@ -6,31 +6,15 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 from config.manifest import TokenizerRules
+from models.byte_level_tokenizer import LLAMA3, SPLITS, byte_level_tokenizer
 from models.checkpoint_error import CheckpointError
 from models.gguf_file import GGUFFile
 from models.sentencepiece_tokenizer import PieceType, VocabularyPiece, add_tokens, bpe_tokenizer, vocabulary
 from models.text_files import TextFiles, text_files, unique_ids
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-# By tokenizer.ggml.pre: the expressions that split a text, one after another, as llama.cpp applies them.
-SPLITS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (GPT2_SPLIT,),
-    "smollm": (r"\p{N}", GPT2_SPLIT),
-    "llama3": (LLAMA3_SPLIT,),
-    "llama-v3": (LLAMA3_SPLIT,),
-    "llama-bpe": (LLAMA3_SPLIT,),
-    "qwen2": (QWEN2_SPLIT,),
-}
-LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
 # Control tokens that end an answer beside tokenizer.ggml.eos_token_id: a file names one, chat models have several.
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
@@ -76,20 +60,8 @@ def _byte_level(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:
         raise CheckpointError(
             f"{file.path}: tokenizer.ggml.pre is {pre!r}, an unknown way to split text; known: {', '.join(SPLITS)}"
         )
-    merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", ())]
-    ids = vocabulary(file.path, pieces)
-    lost = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys()]
-    if lost or not merges:
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges is empty or does not fit the tokens: {lost[:3]}")
-    # Llama 3 takes a word that is a token as it is, even where no merges lead to it.
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in LLAMA3))
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()  # so does the tokenizer that the file was made from
-    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS[pre]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    merges = file.value("tokenizer.ggml.merges", ())
+    return byte_level_tokenizer(file.path, vocabulary(file.path, pieces), merges, pre)
 
 
 def _sentencepiece(file: GGUFFile, pieces: list[VocabularyPiece]) -> Tokenizer:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.checkpoint_error import CheckpointError
+from models.config_fields import ConfigFields
 from models.network_config import NetworkConfig, RopeScaling
 
 CONFIG_FILE = "config.json"
@@ -85,52 +86,17 @@ ROPE_KEYS = {
 }
 
 
-class ConfigFile:
-    """A ``config.json``, whose fields are checked as they are read."""
+class ConfigFile(ConfigFields):
+    """A ``config.json``."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
-            self.fields: dict[str, Any] = json.loads(path.read_bytes())
+            fields = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(self.fields, dict):
+        if not isinstance(fields, dict):
             raise CheckpointError(f"{path}: is not a JSON object")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive whole number; null means the default."""
-        value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.path}: {name} = {value!r} is not a positive whole number")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; null means the default."""
-        return self.positive(name, self._value(name, default))
-
-    def positive(self, name: str, value: Any) -> float:
-        """``value``, which stands under ``name``, as a number above zero."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise CheckpointError(f"{self.path}: {name} = {value!r} is not a positive number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false; null means the default."""
-        value = self._value(name, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {name} = {value!r} is neither true nor false")
-        return value
-
-    def refuse(self, name: str, value: Any, supported: str = "") -> CheckpointError:
-        """The error for a field whose effect is not implemented."""
-        hint = f"; supported: {supported}" if supported else "; if it does not, take it out of the file"
-        return CheckpointError(f"{self.path}: {name} = {value!r} may change the result and is not implemented{hint}")
-
-    def _value(self, name: str, default: Any) -> Any:
-        value = self.fields.get(name)
-        if value is None and default is None:
-            raise CheckpointError(f"{self.path}: lacks {name}")
-        return default if value is None else value
+        super().__init__(path, fields)
 
 
 def huggingface_config(file: ConfigFile) -> NetworkConfig:

@@ -19,7 +19,7 @@ import numpy as np
 from models.checkpoint_error import CheckpointError
 from models.weight_map import Floats
 
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILES = ("model.safetensors.index.json", "param_name_map.json")  # Hugging Face's, MindSpore's
 SINGLE_FILE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -61,28 +61,29 @@ class SafetensorsFolder:
         """One tensor as float32, in memory of its own."""
         tensor = self._tensors[name]
         stored = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.size,))
-        return _to_float32(stored, tensor.dtype).reshape(tensor.shape)
+        return to_float32(stored, tensor.dtype).reshape(tensor.shape)
 
     def read_blocks(self, name: str) -> None:
         """Safetensors files hold numbers, not blocks."""
 
 
-def _to_float32(stored: np.memmap[Any, np.dtype[np.uint8]], dtype: str) -> Floats:
+def to_float32(stored: np.memmap[Any, np.dtype[np.uint8]], dtype: str) -> Floats:
+    """The numbers of a type of ``ITEM_SIZES`` whose bytes these are."""
     if dtype == "BF16":  # the upper half of a float32
         return (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return stored.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
+    for index in (folder / name for name in INDEX_FILES):
+        if index.is_file():
+            return _indexed_files(index)
     found = sorted(folder.glob("*.safetensors"))
     if folder / SINGLE_FILE in found:
         return (folder / SINGLE_FILE,)
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: has {len(found)} safetensors files and no {INDEX_FILE} that says which to read"
+            f"{folder}: has {len(found)} safetensors files and no {INDEX_FILES[0]} that says which to read"
         )
     if found:
         return tuple(found)
@@ -92,7 +93,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
             f"{folder}: holds its weights as {', '.join(pickles[:3])}; PyTorch's pickle files can run any "
             "code when they are opened and are never read; convert them to safetensors"
         )
-    raise CheckpointError(f"{folder}: has a config.json and no *.safetensors with its weights")
+    raise CheckpointError(f"{folder}: has no *.safetensors with its weights")
 
 
 def _indexed_files(index: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import gguf
 import numpy as np
@@ -23,6 +23,10 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Rows = NDArray[Any]  # of numbers, or of the bytes of their blocks
 Weights = Callable[[str], Any]  # MindSpore's Parameter of a weight by its name, or None if the network has none
+
+
+# How the rows of several weights in one stand: one weight after the other, or by key/value head (gate and up: by row).
+FusedRows = Literal["stacked", "grouped"]
 
 
 class RowOrder(Protocol):
@@ -125,26 +129,72 @@ INTERNLM2_NAMES = {
     "norm": "model.norm",
     "head": "output",
 }
+# MindFormers' Llama and its relatives (mindformers/models/llama/convert_weight.py, research/internlm, internlm2, qwen2
+# and qwen2_5/convert_weight.py): Hugging Face's rows under other names. Its converter from Meta's files moves rotary
+# partners into halves (``permute``), as its network turns ``i`` with ``i + d/2`` (RotaryEmbedding.slice_half).
+MINDFORMERS_NAMES = {
+    "embed_tokens": "model.tok_embeddings",
+    "attention_norm": "model.layers.{}.attention_norm",
+    "q": "model.layers.{}.attention.wq",
+    "k": "model.layers.{}.attention.wk",
+    "v": "model.layers.{}.attention.wv",
+    "output": "model.layers.{}.attention.wo",
+    "mlp_norm": "model.layers.{}.ffn_norm",
+    "gate": "model.layers.{}.feed_forward.w1",
+    "up": "model.layers.{}.feed_forward.w3",
+    "down": "model.layers.{}.feed_forward.w2",
+    "norm": "model.norm_out",
+    "head": "lm_head",
+}
+MINDFORMERS_EMBEDDING = "model.tok_embeddings.embedding_weight"
+# Where ``qkv_concat`` has put weights together; the last is InternLM2's.
+MINDFORMERS_FUSED = (
+    ("qkv", "model.layers.{}.attention.w_qkv"),
+    ("gate_up", "model.layers.{}.feed_forward.w_gate_hidden"),
+    ("qkv", "model.layers.{}.attention.w"),
+)
 
 
 def gguf_weight_map(config: NetworkConfig) -> WeightMap:
     """The weights of a GGUF file. Converters put the rotary pairs of Llama and InternLM2 side by side, not Qwen's."""
     paired = config.architecture in ("llama", "internlm2")
-    return _weight_map(config, GGUF_NAMES, _halves_from_pairs if paired else None)
+    return _weight_map(config, GGUF_NAMES, rotary=_halves_from_pairs if paired else None)
 
 
 def huggingface_weight_map(config: NetworkConfig) -> WeightMap:
     """The weights of a Hugging Face folder."""
     names = INTERNLM2_NAMES if config.architecture == "internlm2" else HUGGINGFACE_NAMES
-    return _weight_map(config, names, None)
+    return _weight_map(config, names, fused={"qkv": partial(_unpack_groups, config=config)})
 
 
-def _weight_map(config: NetworkConfig, names: dict[str, str], rotary: RowOrder | None) -> WeightMap:
+def mindformers_fused(stored: Collection[str]) -> dict[str, str]:
+    """Those of a MindFormers checkpoint's tensors that are several weights in one: their names by their roles."""
+    return {role: name for role, name in MINDFORMERS_FUSED if f"{name.format(0)}.weight" in stored}
+
+
+def mindformers_weight_map(config: NetworkConfig, stored: Collection[str], rows: FusedRows) -> WeightMap:
+    """The weights of a MindFormers checkpoint with the tensors ``stored``, whose fused ones have these ``rows``."""
+    # What qkv_concat_hf2mg and ffn_concat_hf2mg of mindformers/utils/convert_utils.py do, undone
+    grouped = {"qkv": partial(_unpack_groups, config=config), "gate_up": partial(_halves_from_pairs, heads=1)}
+    names = MINDFORMERS_NAMES | mindformers_fused(stored)
+    weights = _weight_map(config, names, fused=grouped if rows == "grouped" else {})
+    (embedding,) = weights["embed_tokens"]
+    return weights | {"embed_tokens": (replace(embedding, tensor=MINDFORMERS_EMBEDDING),)}
+
+
+def _weight_map(
+    config: NetworkConfig,
+    names: dict[str, str],
+    *,
+    rotary: RowOrder | None = None,
+    fused: Mapping[str, Callable[[Rows], Rows]] | None = None,
+) -> WeightMap:
+    """``rotary`` puts the rows of q and of k in order, ``fused`` those of tensors that are several weights, by role."""
     weights = {}
     for weight, shape in config.weight_shapes().items():
         layer, role = _split(weight)
         suffix = ".bias" if role.endswith("_bias") else ".weight"
-        pieces = _pieces(config, names, role.removesuffix("_bias"), shape, rotary)
+        pieces = _pieces(config, names, role.removesuffix("_bias"), shape, rotary, fused or {})
         weights[weight] = tuple(replace(piece, tensor=piece.tensor.format(layer) + suffix) for piece in pieces)
     return weights
 
@@ -158,20 +208,23 @@ def _split(weight: str) -> tuple[str, str]:
 
 
 def _pieces(
-    config: NetworkConfig, names: dict[str, str], role: str, shape: tuple[int, ...], rotary: RowOrder | None
+    config: NetworkConfig,
+    names: dict[str, str],
+    role: str,
+    shape: tuple[int, ...],
+    rotary: RowOrder | None,
+    fused: Mapping[str, Callable[[Rows], Rows]],
 ) -> Iterator[Piece]:
     """The pieces of one weight, with their names still to be completed by layer and suffix."""
-    if role == "gate_up":
+    if role in names:
+        yield Piece(names[role], shape, fused.get(role))
+    elif role == "gate_up":
         half = (config.intermediate_size, *shape[1:])
         yield from (Piece(names["gate"], half), Piece(names["up"], half))
-    elif role == "qkv" and role in names:
-        yield Piece(names[role], shape, lambda rows: _unpack_groups(rows, config))
-    elif role == "qkv":
+    else:
         for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
             arrange = None if rotary is None or part == "v" else partial(rotary, heads=heads)
             yield Piece(names[part], (heads * config.head_dim, *shape[1:]), arrange)
-    else:
-        yield Piece(names[role], shape)
 
 
 def _halves_from_pairs(rows: Rows, heads: int) -> Rows:
@@ -181,7 +234,7 @@ def _halves_from_pairs(rows: Rows, heads: int) -> Rows:
 
 
 def _unpack_groups(rows: Rows, config: NetworkConfig) -> Rows:
-    """InternLM2's ``wqkv``, for each key/value head its query heads, the key and the value → all q, all k, all v."""
+    """For each key/value head its query heads, the key and the value (InternLM2's ``wqkv``) → all q, all k, all v."""
     group = config.num_heads // config.num_kv_heads
     packed = rows.reshape(config.num_kv_heads, group + 2, config.head_dim, *rows.shape[1:])
     parts = packed[:, :group], packed[:, group], packed[:, group + 1]

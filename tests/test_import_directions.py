@@ -50,6 +50,7 @@ CLIENT = (
 )
 CLIENT_MAY_IMPORT = ["config.version", *(file.removesuffix(".py").replace("/", ".") for file in CLIENT)]
 IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select", "socket", "threading", "time"]
+UNRESOLVABLE = {"mindformers": ["models/mindformers_export.py"]}  # no extra could install it: see docs/mindformers.md
 OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
 MINDSPORE_IN = ("agent/model_runner.py", "models/", "kernels/")
 
@@ -175,7 +176,8 @@ def undeclared(files: Collection[str], declared: Collection[str], ours: Collecti
 
 def test_all_that_is_imported_is_declared() -> None:
     files = {*sources()} - {"setup.py", *OPTIONAL}
-    assert undeclared(files, requirements("install_requires"), OURS) == {}, "add them to install_requires in setup.py"
+    found = undeclared(files, requirements("install_requires"), OURS)
+    assert found == UNRESOLVABLE, "add them to install_requires in setup.py"
     declared = requirements("install_requires") | requirements("extras_require", "otel")
     assert undeclared(OPTIONAL, declared, OURS) == {}, "add them to the extra otel in setup.py"
 

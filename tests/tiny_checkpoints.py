@@ -69,17 +69,18 @@ def write_tiny(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random network of ``family``, in evaluation mode."""
+def tiny_model(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
+    """A random network of ``family``, in evaluation mode; ``changes`` are to its ``SHAPE``."""
+    shape = SHAPE | changes
     model: PreTrainedModel
     if family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, rms_norm_eps=1e-6))
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, rms_norm_eps=1e-6))
     elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32, tie_word_embeddings=True))
     else:
         ropes: dict[str, Any] = {"llama3": LLAMA3_ROPE, "llama-linear": LINEAR_ROPE}
         biases = family in ("internlm", "llama-linear")
-        config = LlamaConfig(**SHAPE, rms_norm_eps=1e-5, attention_bias=biases, rope_parameters=ropes.get(family))
+        config = LlamaConfig(**shape, rms_norm_eps=1e-5, attention_bias=biases, rope_parameters=ropes.get(family))
         model = LlamaForCausalLM(config)
     _randomize(model, seed)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=[EOS, END_OF_TURN])
@@ -178,16 +179,17 @@ def _rewrite_as_internlm2(folder: Path, model: PreTrainedModel) -> None:
         if "self_attn" not in name:
             tensors[name] = tensor.contiguous()
     for i in range(SHAPE["num_hidden_layers"]):
-        tensors[f"model.layers.{i}.attention.wqkv.weight"] = _pack_qkv(model, i)
+        tensors[f"model.layers.{i}.attention.wqkv.weight"] = pack_qkv(model, i)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _pack_qkv(model: PreTrainedModel, layer: int) -> torch.Tensor:
+def pack_qkv(model: PreTrainedModel, layer: int, part: str = "weight") -> torch.Tensor:
+    """Query, key and value (their weights or biases) in one: for each key/value head, its query heads first."""
     attention = model.get_submodule(f"model.layers.{layer}.self_attn")
-    kv_heads, hidden = SHAPE["num_key_value_heads"], SHAPE["hidden_size"]
-    parts = [attention.get_submodule(f"{role}_proj").weight for role in "qkv"]
-    grouped = [part.detach().reshape(kv_heads, -1, hidden) for part in parts]
-    return torch.cat(grouped, dim=1).reshape(-1, hidden).contiguous()
+    kv_heads = model.config.num_key_value_heads
+    parts = [attention.get_parameter(f"{role}_proj.{part}").detach() for role in "qkv"]
+    grouped = [rows.reshape(kv_heads, -1, *rows.shape[1:]) for rows in parts]
+    return torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:]).contiguous()
 
 
 def write_tiny_gguf(
