@@ -102,12 +102,14 @@ TALK: dict[str, Any] = {"model": "llama2", "messages": [{"role": "user", "conten
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETIONS, {**HI, "service_tier": "flex"}, "…: can only be … on this server"),
+    (COMPLETIONS, {**HI, "stream": True, "stream_options": {"include_obfuscation": True}}, "…: … is not a field of it"),
     (COMPLETIONS, {**HI, "stream_options": {}}, "stream_options: can only be given in a stream"),
     (COMPLETIONS, {**HI, "best_of": 2}, "best_of: must be what n is: this server does not choose among answers"),
     (
         COMPLETIONS,
         {**HI, "prompt": ["hi"] * 2, "n": 128},
-        "n: asks for more than … answers to all prompts together",
+        "…: asks for … answers in all, at most … are allowed",
     ),
     (COMPLETIONS, {**HI, "max_tokens": 0}, "max_tokens: must be at least 1, unless echo asks for the prompt"),
     (

@@ -105,6 +105,18 @@ def test_a_form_that_cannot_be_kept_is_refused_by_its_field(client: httpx.Client
     assert refused.json()["error"]["param"] == "guided_json"
 
 
+def test_an_answer_in_internlms_chat_template_ends_where_the_template_says(api: OpenAI) -> None:
+    form: dict[str, Any] = {"extra_body": {"guided_regex": "ab<eoa>cd"}, "max_tokens": 20}
+    texts = {}
+    for model in ("llama2", "internlm"):
+        whole = api.chat.completions.create(model=model, messages=HI, **form).choices[0]
+        parts = api.chat.completions.create(model=model, messages=HI, stream=True, **form)
+        texts[model] = whole.message.content
+        assert whole.finish_reason == "stop"
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == texts[model]
+    assert texts == {"llama2": "ab<eoa>cd", "internlm": "ab"}
+
+
 class Trip(BaseModel):
     """A trip."""
 

@@ -95,7 +95,7 @@ class ChatAnswer:
 async def chat_completions(request: Request, deployment: Served, body: ChatRequest) -> Response:
     """The next message of a conversation: at once, or as a stream if `stream` is true."""
     call = Call(request, deployment, deployment.model(body.model))
-    params = body.generation_params(deployment.config.limits)
+    params = call.model.with_chat_end(body.model, body.generation_params(deployment.config.limits))
     messages = [message.for_template() for message in body.messages]
     prompt = call.model.chat_prompt(body.model, messages, body.tools_for_template())
     deployment.log_prompt(call.request_id, body.model, prompt)
