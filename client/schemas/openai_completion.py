@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
 
 from client.schemas.openai_generation import FinishReason, GenerationBody, ServiceTier, TokenId, Usage
 from client.schemas.request_body import MAX_TOKENS_FIELD
@@ -18,10 +19,17 @@ Prompt = Annotated[StrictStr, Field(min_length=1)] | Annotated[list[TokenId], Fi
 Prompts = Annotated[list[Prompt], Field(min_length=1)]
 
 
-def _as_prompts(value: object) -> object:
+def _as_prompts(value: object) -> list[object]:
     """One prompt, a text or token ids, as a list of one."""
-    ids = isinstance(value, list) and bool(value) and all(isinstance(part, int) for part in value)
-    return [value] if ids or isinstance(value, str) else value
+    prompts = value if isinstance(value, list) and not _are_ids(value) else [value]
+    if not all(isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
+        message = "must be a text, a list of token ids (whole numbers from 0), or a list of texts or such lists"
+        raise PydanticCustomError("prompt", message)
+    return prompts
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is int and part >= 0 for part in value)
 
 
 class CompletionRequest(GenerationBody):
