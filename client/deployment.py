@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from config.serving_config import ANSWER_ENDS, CHAT_TEMPLATE, ModelConfig, ServingConfig
@@ -144,6 +144,11 @@ class Deployment:
         self.draining = False
         self._created = time.monotonic()
         self._starting: asyncio.Future[list[None]] | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        """All served names."""
+        return self._by_name.keys()
 
     @property
     def first_name(self) -> str:
