@@ -135,9 +135,8 @@ class GenerationBody(FormedBody):
         return tuple(biases.items())
 
 
-ServiceTier = Annotated[
-    Literal["default"] | None, Field(description="only if the request names one")
-]  # of answers and chunks
+# Of answers and chunks.
+ServiceTier = Annotated[Literal["default"] | None, Field(description="only if the request names one")]
 
 
 class PromptTokensDetails(BaseModel):
