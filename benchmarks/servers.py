@@ -78,6 +78,11 @@ class Server:
                 total += process.memory_full_info().pss
         return total
 
+    def cpu_seconds(self) -> float:
+        """What its first process has taken of the CPU so far, of all cores together."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def stop(self) -> None:
         """End it, with force if it does not go; nothing of it is left."""
         processes = self._tree()

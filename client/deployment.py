@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from config.serving_config import CHAT_TEMPLATE, ModelConfig, ServingConfig
+from config.serving_config import ANSWER_ENDS, CHAT_TEMPLATE, ModelConfig, ServingConfig
 from server.chat_template import CHAT_TEMPLATES
 from server.errors import InvalidRequest, NotServing, UnknownModel
 from server.llm_server import LLMServer
@@ -79,6 +79,10 @@ class ServedModel:
         self._check_warm()
         return await self.server.submit_all(prompt, params, n, request_id)
 
+    def with_chat_end(self, name: str, params: GenerationParams) -> GenerationParams:
+        """``params`` of an answer to a ``chat_prompt`` of ``name``, which ends where the template ends answers."""
+        return self._with_end(self.config.chat_templates.get(name), params)
+
     def chat_prompt(
         self, name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> str:
@@ -110,7 +114,18 @@ class ServedModel:
             params = dataclasses.replace(params, add_special_tokens=False)  # the template writes them out
         elif template is not None:
             text = template.replace("{prompt}", text)
+            params = self._with_end(self.config.prompt_templates[name], params)
         return await self.server.submit(text, params, request_id)
+
+    def _with_end(self, template: str | None, params: GenerationParams) -> GenerationParams:
+        """End an answer at what models write there in this template: one of their tokens, or else a text."""
+        end = ANSWER_ENDS.get(template or "")
+        if end is None or params.ignore_eos:
+            return params
+        token_id = self.server.tokenizer.token_id(end)
+        if token_id is None:
+            return dataclasses.replace(params, stop=(*params.stop, end))
+        return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, token_id))
 
 
 class Deployment:
@@ -129,6 +144,11 @@ class Deployment:
         self.draining = False
         self._created = time.monotonic()
         self._starting: asyncio.Future[list[None]] | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        """All served names."""
+        return self._by_name.keys()
 
     @property
     def first_name(self) -> str:

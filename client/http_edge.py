@@ -77,6 +77,9 @@ class HttpEdge:
             return Problem(
                 status=429, message="too many connections are open; try again later", headers=headers_of_refusal
             )
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may see two requests here
+            message = "has both Content-Length and Transfer-Encoding, so nobody knows where it ends"
+            return Problem(status=400, message=message, headers={"Connection": "close"})
         announced = headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > self._max_body_bytes:
             return Problem(status=413, message=_too_large(self._max_body_bytes))

@@ -23,6 +23,7 @@ STREAM_MODELS: tuple[type[BaseModel], ...] = (
     CompletionChunk,
 )  # in streams only, where FastAPI does not look for models
 EVERYWHERE = (408, 413, 431, 500)  # on every path, whatever its route
+KEY_SCHEME = "api_key"
 GUARDED = (401, 429)  # on every path but the open ones
 _FRAMEWORK = ("HTTPValidationError", "ValidationError")  # FastAPI's own error bodies, which nothing here answers with
 _REFERENCE = "#/components/schemas/{model}"
@@ -34,9 +35,10 @@ def describe(app: FastAPI, deployment: Deployment) -> None:
 
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _complete(
-                plain(), [name for model in deployment.models for name in model.config.names]
-            )
+            schema = _complete(plain(), [name for model in deployment.models for name in model.config.names])
+            if deployment.config.server.api_key_file:
+                _demand_keys(schema)
+            app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = complete  # type: ignore[method-assign]  # as FastAPI documents it
@@ -71,6 +73,14 @@ def _add_errors(responses: dict[str, Any], path: str) -> None:
     body = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=dialect.model.__name__)}}}
     for status in EVERYWHERE if is_open(path) else (*EVERYWHERE, *GUARDED):
         responses.setdefault(str(dialect.statuses.get(status, status)), {"description": "Error", "content": body})
+
+
+def _demand_keys(schema: dict[str, Any]) -> None:
+    """Say that a key is needed, and where."""
+    schema["components"]["securitySchemes"] = {KEY_SCHEME: {"type": "http", "scheme": "bearer"}}
+    for path, operation in _operations(schema):
+        if not is_open(path):
+            operation["security"] = [{KEY_SCHEME: []}]
 
 
 def _name_models(field: dict[str, Any], names: list[str]) -> None:

@@ -30,6 +30,7 @@ PROMPT_TEMPLATES = {
     "llama2": "[INST] {prompt} [/INST]",
 }
 ChatTemplateName = Literal["internlm", "llama2"]
+ANSWER_ENDS = {"internlm": "<eoa>"}  # by template, of a prompt or a chat: what models write after an answer
 CHAT_TEMPLATE = "chat"  # the exported model's own chat template, as one user message
 
 
@@ -52,6 +53,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Positive = 2 << 20
     max_stop_strings: Positive = 16
     max_top_n_tokens: Positive = 20
+    max_answers: Positive = 128  # to one request: its prompts times n, or best_of; each takes a place in the queue
     max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
     max_grammar_seconds: PositiveSeconds = 0.5  # of one core, to compile it
     step_seconds: Seconds = 30.0  # of a step, and for each of its tokens …

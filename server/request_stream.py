@@ -31,6 +31,8 @@ class Increment:
 
 def join(increments: Sequence[Increment]) -> Increment:
     """Successive increments as one."""
+    if len(increments) == 1:  # as most are
+        return increments[0]
     return Increment(
         text="".join(increment.text for increment in increments),
         tokens=tuple(chain.from_iterable(increment.tokens for increment in increments)),

@@ -79,6 +79,11 @@ class Tokenizer:
         """One token's own bytes, which may be a part of a character."""
         return self._bytes[token_id]
 
+    def token_id(self, text: str) -> int | None:
+        """The token that is written so; None if the model has none."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id
+
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens and leading spaces included."""
         return self._bytes[token_id].decode(errors=self._bytes.errors)

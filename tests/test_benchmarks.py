@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scripted_server import stream
 from tokenizers import Tokenizer
 
-from benchmarks import load, picture, prompts, publish, quality, report
+from benchmarks import load, picture, prompts, publish, quality, report, streaming_cost
 from benchmarks.exchange import LoadError
 from benchmarks.latency import Answer
 from benchmarks.load import Load
@@ -133,3 +133,15 @@ def test_the_common_length_ends_at_the_first_difference(tokens: list[int], place
         other[place] += 1
     assert quality.common_length(tokens, other) == min(place, len(tokens))
     assert quality.standard_error([1.0, 3.0]) == pytest.approx(1.0)
+
+
+def test_a_delay_is_counted_from_the_step_before() -> None:
+    assert streaming_cost.delays([1.0, 2.0, 3.0], [1.25, 2.5, 2.75, 9.0]) == [0.25, 0.5, 0.75, 6.0]
+
+
+@pytest.mark.slow
+def test_the_cost_of_streams_is_measured() -> None:
+    rows = asyncio.run(streaming_cost.run(0.5))
+    assert [row.count("|") for row in rows] == [6] * len(streaming_cost.PROTOCOLS)
+    milliseconds = [float(cell.split()[0]) for row in rows for cell in row.split("|")[2:-1]]
+    assert all(number > 0 for number in milliseconds)

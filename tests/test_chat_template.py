@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from pathlib import Path
 
-from config.serving_config import ChatTemplateName
+import msgspec
+import pytest
+from serving_processes import ROOT
+
+from client.deployment import ServedModel
+from config.manifest import file_digest, read_manifest, write_manifest
+from config.serving_config import ChatTemplateName, ModelConfig, ServingConfig
 from server.chat_template import CHAT_TEMPLATES, ChatTemplate
 from server.errors import InvalidRequest
+from server.metrics import Metrics
+from server.request import GenerationParams
 from server.token_bytes import TokenizerError
 
 CHATML = (
@@ -90,3 +99,22 @@ def test_whatever_else_goes_wrong_is_no_crash(source: str) -> None:
 def test_a_template_that_cannot_be_parsed_names_its_line() -> None:
     with pytest.raises(TokenizerError, match="line 2"):
         ChatTemplate("ok\n{% if %}", {})
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_an_answer_ends_where_the_template_says(tmp_path: Path, has_token: bool) -> None:
+    shutil.copytree(ROOT / "config" / "standin", tmp_path, dirs_exist_ok=True)
+    if has_token:
+        tokenizer = tmp_path / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text("utf-8").replace("<|system|>", "<eoa>"), encoding="utf-8")
+        manifest = read_manifest(tmp_path)
+        files = {**manifest.files, tokenizer.name: file_digest(tokenizer)}
+        write_manifest(tmp_path, msgspec.structs.replace(manifest, files=files))
+    names = ("plain", "internlm")
+    config = ModelConfig(path=str(tmp_path), names=names, agent_ports=(1,), chat_templates={"internlm": "internlm"})
+    model, asked = ServedModel(config, ServingConfig(models=(config,)), Metrics()), GenerationParams(stop=("x",))
+    ended = model.with_chat_end("internlm", asked)
+    assert (ended.stop, ended.stop_token_ids) == ((("x",), (258,)) if has_token else (("x", "<eoa>"), ()))
+    assert model.with_chat_end("plain", asked) == asked
+    past_end = GenerationParams(ignore_eos=True)
+    assert model.with_chat_end("internlm", past_end) == past_end

@@ -118,6 +118,14 @@ def test_hugging_face_chats(deployment: Serving) -> None:
     assert whole
     parts = client.chat_completion(**talk, temperature=0, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    formed = client.chat_completion(**{**talk, "max_tokens": 400}, temperature=0, response_format=form)
+    jsonschema.validate(json.loads(formed.choices[0].message.content or ""), PERSON)
+
+
+def test_hugging_face_chats_with_a_server_whose_models_it_does_not_know(standin: Serving) -> None:
+    answer = InferenceClient(model=standin.url).chat_completion([{"role": "user", "content": "hi"}], max_tokens=3)
+    assert answer.model == "llama2"
 
 
 def test_hugging_face_streams_without_blocking(deployment: Serving) -> None:

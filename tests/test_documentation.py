@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from legacy_client import events
-from serving_processes import serving
+from serving_processes import Serving, serving
 
 from client.schemas.legacy import DEFAULT_MAX_NEW_TOKENS, LegacyParameters, LegacyRequest
 from config import serving_config
@@ -140,6 +140,20 @@ def test_a_curl_line_is_answered(words: tuple[str, ...], client: httpx.Client) -
     assert response.status_code == 200, response.text
     streamed = "-N" in words
     assert response.headers["content-type"].startswith("text/event-stream" if streamed else "application/json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", calls("curl"), ids=lambda words: words[-1])
+def test_curl_itself_takes_the_line(words: tuple[str, ...], standin: Serving) -> None:
+    command = [word.replace(DEFAULT_URL, standin.url) for word in words]
+    asked = subprocess.run(
+        [*command, "--silent", "--show-error", "--fail"], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
+    if "-N" in words:
+        assert "data:" in asked.stdout
+    else:
+        json.loads(asked.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -102,12 +102,14 @@ TALK: dict[str, Any] = {"model": "llama2", "messages": [{"role": "user", "conten
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETIONS, {**HI, "service_tier": "flex"}, "…: can only be … on this server"),
+    (COMPLETIONS, {**HI, "stream": True, "stream_options": {"include_obfuscation": True}}, "…: … is not a field of it"),
     (COMPLETIONS, {**HI, "stream_options": {}}, "stream_options: can only be given in a stream"),
     (COMPLETIONS, {**HI, "best_of": 2}, "best_of: must be what n is: this server does not choose among answers"),
     (
         COMPLETIONS,
         {**HI, "prompt": ["hi"] * 2, "n": 128},
-        "n: asks for more than … answers to all prompts together",
+        "…: asks for … answers in all, at most … are allowed",
     ),
     (COMPLETIONS, {**HI, "max_tokens": 0}, "max_tokens: must be at least 1, unless echo asks for the prompt"),
     (
@@ -190,6 +192,7 @@ ELSEWHERE = {  # produced by a test of its own: the first four in test_guarded_a
     "the request was not complete within … s",
     "too many connections are open; try again later",
     "this is not an HTTP request",
+    "has both Content-Length and Transfer-Encoding, so nobody knows where it ends",
     "… requests are waiting already; try again later",
     "the server could not finish this request; its log says why under request id …",
     "… is not ready yet: it waits for its agents at …",
@@ -235,6 +238,13 @@ def test_a_request_of_the_openai_protocol(client: httpx.Client, path: str, body:
 
 def test_what_is_no_http(standin: Serving) -> None:
     assert raw_exchange(standin.port, b"hello\r\n\r\n")[1]["error"] == "this is not an HTTP request"
+
+
+def test_a_request_with_two_lengths(standin: Serving) -> None:
+    head = b"POST /models/llama2 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    status, body = raw_exchange(standin.port, head + b"0\r\n\r\n")  # reads until the connection is closed
+    assert status.startswith(b"HTTP/1.1 400 ")
+    assert body["error"] == "has both Content-Length and Transfer-Encoding, so nobody knows where it ends"
 
 
 def test_overload(slow_standin: Serving) -> None:

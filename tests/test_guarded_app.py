@@ -66,6 +66,17 @@ def test_health_is_open(stranger: httpx.Client, path: str) -> None:
     assert stranger.get(path).status_code == 200
 
 
+def test_the_description_says_which_operations_need_a_key(friend: httpx.Client) -> None:
+    schema = friend.get("/openapi.json").json()
+    assert schema["components"]["securitySchemes"] == {"api_key": {"type": "http", "scheme": "bearer"}}
+    needy = {
+        path
+        for path, methods in schema["paths"].items()
+        if all(operation.get("security") == [{"api_key": []}] for operation in methods.values())
+    }
+    assert set(schema["paths"]) - needy == {"/health", "/health/live", "/health/ready", "/ui"}
+
+
 @pytest.mark.parametrize("path", GUARDED)
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS"])
 def test_everything_else_needs_a_key(stranger: httpx.Client, path: str, method: str) -> None:

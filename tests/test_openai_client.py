@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from default_model import default_model
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
-from pydantic import SecretStr
+from pydantic import BaseModel, Field, SecretStr
 from serving_processes import Serving, serving
 
 from agent.arithmetic_model import answer
@@ -107,8 +107,11 @@ def test_every_parameter_is_taken(api: OpenAI) -> None:
         },
     }  # fmt: skip
     chat = api.chat.completions.create(
-        messages=HI, max_completion_tokens=6, metadata={"a": "b"}, store=False, logprobs=True, **common
-    )
+        messages=HI, max_completion_tokens=6, metadata={"a": "b"}, store=False, logprobs=True, service_tier="auto",
+        safety_identifier="me", prompt_cache_key="mine", verbosity="medium", reasoning_effort="none",
+        parallel_tool_calls=True, modalities=["text"], **common
+    )  # fmt: skip
+    assert chat.service_tier == "default"
     text = api.completions.create(prompt="hi", max_tokens=6, best_of=1, echo=True, logprobs=1, **common)
     assert chat.usage is not None
     assert text.usage is not None
@@ -187,10 +190,14 @@ def test_without_blocking(deployment: Serving) -> None:
     assert streamed == full
 
 
+def langchain(deployment: Serving, max_tokens: int) -> ChatOpenAI:
+    key = SecretStr("none")
+    url = f"{deployment.url}/v1"
+    return ChatOpenAI(base_url=url, api_key=key, model="llama2", temperature=0, max_completion_tokens=max_tokens)
+
+
 def test_langchain_invokes_streams_and_batches(deployment: Serving) -> None:
-    chat = ChatOpenAI(
-        base_url=f"{deployment.url}/v1", api_key=SecretStr("none"), model="llama2", temperature=0, max_tokens=8
-    )
+    chat = langchain(deployment, 8)
     whole = chat.invoke("hi")
     assert whole.content
     assert "".join(str(chunk.content) for chunk in chat.stream("hi")) == whole.content
@@ -198,6 +205,19 @@ def test_langchain_invokes_streams_and_batches(deployment: Serving) -> None:
     assert whole.response_metadata["finish_reason"] in ("stop", "length")
     asked = [("system", "Be kind."), ("user", "hi"), ("assistant", "hello"), ("user", "why?")]
     assert asyncio.run(chat.ainvoke(asked)).content
+
+
+class Trip(BaseModel):
+    """A trip."""
+
+    city: Literal["Bern", "北京"]
+    days: int = Field(ge=1, le=9)
+
+
+@pytest.mark.slow  # on the stand-in, test_openai_forms.py does it
+def test_langchain_gets_objects_of_the_default_model(default_deployment: Serving) -> None:
+    model = langchain(default_deployment, 300)
+    assert isinstance(model.with_structured_output(Trip, method="json_schema").invoke("Where to?"), Trip)
 
 
 def test_the_stand_ins_text_comes_through(standin: Serving) -> None:

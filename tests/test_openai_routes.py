@@ -168,6 +168,8 @@ def test_tokens_there_and_back(client: httpx.Client) -> None:
         ("response_format", {"type": "yaml"}), ("guided_regex", "("), ("chat_template", "{{ 1 }}"), ("store", True),
         ("messages", []),
         ("messages", [{"role": "robot", "content": "hi"}]),
+        ("service_tier", "flex"), ("verbosity", "low"), ("reasoning_effort", "high"),
+        ("skip_special_tokens", False), ("skip_special_tokens", 1), ("add_generation_prompt", False),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(client: httpx.Client, field: str, value: object) -> None:
@@ -179,11 +181,17 @@ def test_what_cannot_be_used_is_refused_by_name(client: httpx.Client, field: str
 
 
 def test_what_says_nothing_is_ignored_and_the_defaults_are_openais() -> None:
-    nothing = dict.fromkeys(GenerationBody.model_fields) | {"store": False, "tools": [], "service_tier": "auto"}
+    nothing = dict.fromkeys(GenerationBody.model_fields) | {"store": False, "tools": [], "n": None}
     harmless = {
         "response_format": {"type": "text"},
         "tool_choice": "none",
         "modalities": ["text"],
+        "service_tier": "auto",
+        "verbosity": "medium",
+        "reasoning_effort": "none",
+        "prompt_cache_retention": "in_memory",
+        "skip_special_tokens": True,
+        "add_generation_prompt": True,
         "user": "me",
         "metadata": {"a": 1},
     }

@@ -49,6 +49,39 @@ def tgi_stream(client: httpx.Client, inputs: str, **parameters: Any) -> tuple[st
     return "".join(s["token"]["text"] for s in steps if not s["token"]["special"]), steps[-1]["generated_text"]
 
 
+def openai(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
+    """The choice of a whole answer."""
+    response = client.post(path, json={"model": "llama2", "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    [choice] = response.json()["choices"]
+    return dict(choice)
+
+
+def openai_stream(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+    """The choices of a stream's chunks."""
+    response = client.post(path, json={"model": "llama2", "temperature": 0, "stream": True, **body})
+    assert response.status_code == 200, response.text
+    *chunks, done, rest = response.content.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    return [json.loads(chunk.removeprefix(b"data: "))["choices"][0] for chunk in chunks]
+
+
+def check_openai(client: httpx.Client, inputs: str, full: str, length: int, stop: list[str]) -> None:
+    """``full`` is what other protocols answer to the prompt; a chat's prompt is another one."""
+    path, body = "/v1/completions", {"prompt": inputs, "max_tokens": length, "stop": stop}
+    assert openai(client, path, **body)["text"] == full
+    assert "".join(choice["text"] for choice in openai_stream(client, path, **body)) == full
+    path, body = "/v1/chat/completions", {"max_tokens": length, "stop": stop, "logprobs": True}
+    body["messages"] = [{"role": "user", "content": inputs}]
+    whole = openai(client, path, **body)
+    choices = openai_stream(client, path, **body)
+    text = whole["message"]["content"]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == text == cut(text, stop)[0]
+    tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    assert tokens == whole["logprobs"]["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode(errors="replace") == text
+
+
 def check_text(client: httpx.Client, inputs: str, length: int, stop: list[str]) -> None:
     parameters = {"max_new_tokens": length, "stop": stop}
     full = ask(client, inputs, **parameters)["generated_text"]
@@ -57,9 +90,10 @@ def check_text(client: httpx.Client, inputs: str, length: int, stop: list[str]) 
     assert line_text(stream(client, inputs, return_protocol="lines", **parameters)) == full
     assert tgi(client, inputs, **parameters) == full
     assert tgi_stream(client, inputs, **parameters) == (full, full)
+    check_openai(client, inputs, full, length, stop)
 
 
-@patient(20)
+@patient(12)
 @given(st.data())
 def test_a_text_is_one_text_on_every_route(client: httpx.Client, data: st.DataObject) -> None:
     inputs = data.draw(TEXTS)
@@ -74,7 +108,7 @@ def test_many_texts_are_one_text_on_every_route(client: httpx.Client, data: st.D
     check_text(client, inputs, data.draw(LENGTHS), data.draw(stops(inputs)))
 
 
-@patient(15)
+@patient(8)
 @given(TEXTS, LENGTHS, st.integers(0, 2**64 - 1))
 def test_a_drawn_text_is_one_text_too(client: httpx.Client, inputs: str, length: int, seed: int) -> None:
     parameters = {"max_new_tokens": length, "seed": seed, "do_sample": True, "temperature": 3.0, "top_k": 50}

@@ -84,8 +84,10 @@ def _invalid(error: RequestValidationError) -> Problem:
             status=400, message=f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
         )
     name = _field_name(first["loc"])
-    known = first["type"] != "extra_forbidden"
-    message = first["msg"][0].lower() + first["msg"][1:] if known else "is not a field of this request"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        unknown = str(first["loc"][-1])[:MAX_FIELD_CHARACTERS]
+        message = "is not a field of this request" if unknown == name else f"{unknown} is not a field of it"
     return Problem(status=422, message=message if name else f"the body: {message}", field=name)
 
 

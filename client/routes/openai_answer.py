@@ -85,7 +85,8 @@ class Accepted:
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = f"{self.id_prefix}-{self.call.request_id}"
-        return {"id": name, "object": kind, "created": self.created, "model": self.body.model}
+        tier = {"service_tier": "default"} if self.body.service_tier else {}
+        return {"id": name, "object": kind, "created": self.created, "model": self.body.model, **tier}
 
     def _usage(self, completion_tokens: int) -> dict[str, Any]:
         """Each prompt counts once, whatever ``n`` is."""

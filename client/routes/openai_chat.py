@@ -20,6 +20,8 @@ from server.request_stream import Increment
 from server.tokenizer import Tokenizer
 from server.tool_calls import ToolCall, ToolCallParser
 
+NAMELESS = ("dummy", "tgi")  # what huggingface_hub sends, and its documents say, where a server has one model
+
 ERRORS = documented(400, 404, 413, 415, 422, 429, 431, 500, 503, dialect=OPENAI)
 
 router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_json)])
@@ -94,8 +96,10 @@ class ChatAnswer:
 )
 async def chat_completions(request: Request, deployment: Served, body: ChatRequest) -> Response:
     """The next message of a conversation: at once, or as a stream if `stream` is true."""
+    if body.model in NAMELESS and body.model not in deployment.names:
+        body = body.model_copy(update={"model": deployment.first_name})
     call = Call(request, deployment, deployment.model(body.model))
-    params = body.generation_params(deployment.config.limits)
+    params = call.model.with_chat_end(body.model, body.generation_params(deployment.config.limits))
     messages = [message.for_template() for message in body.messages]
     prompt = call.model.chat_prompt(body.model, messages, body.tools_for_template())
     deployment.log_prompt(call.request_id, body.model, prompt)

@@ -19,7 +19,7 @@ from client.routes.event_stream import event_stream
 from client.routes.json_body import require_json
 from client.routes.problem import TGI
 from client.schemas.details import FINISH_REASONS, details_of
-from client.schemas.tgi import MAX_BEST_OF, StreamEvent, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
+from client.schemas.tgi import StreamEvent, TgiAnswer, TgiInfo, TgiParameters, TgiRequest
 from config.version import __version__
 from server.errors import ServingError
 from server.request import TokenLogprob
@@ -210,7 +210,7 @@ async def info(call: ToFirst) -> TgiInfo:
         model_sha=None,
         model_pipeline_tag="text-generation",
         max_concurrent_requests=limits.max_num_seqs + limits.max_waiting,
-        max_best_of=MAX_BEST_OF,
+        max_best_of=limits.max_answers,
         max_stop_sequences=limits.max_stop_strings,
         max_input_tokens=context - 1,
         max_total_tokens=context,

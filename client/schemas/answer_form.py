@@ -52,6 +52,7 @@ class TextFormat(_Strict):
 
 class JsonObjectFormat(_Strict):
     type: Literal["json_object"]
+    value: Schema | None = Field(None, description="where huggingface_hub puts the schema; left out: any object")
 
 
 class JsonSchemaFormat(_Strict):
@@ -59,7 +60,24 @@ class JsonSchemaFormat(_Strict):
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+class JsonGrammar(_Strict):
+    type: Literal["json"]
+    value: Schema
+
+
+class JsonSchemaGrammar(_Strict):
+    type: Literal["json_schema"]
+    value: NamedSchema
+
+
+class RegexGrammar(_Strict):
+    type: Literal["regex"]
+    value: StrictStr
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonGrammar | RegexGrammar, Field(discriminator="type")
+]
 
 
 class StructuredOutputs(RequestBody):
@@ -97,11 +115,11 @@ class FormedBody(RequestBody):
 
     def _of_format(self) -> list[Constraint]:
         match self.response_format:
-            case JsonObjectFormat():
-                return [Constraint(kind="json_schema", value=ANY_JSON_OBJECT, field="response_format")]
-            case JsonSchemaFormat(json_schema=named):
-                schema = ANY_JSON_OBJECT if named.schema_ is None else named.schema_
+            case JsonObjectFormat(value=schema) | JsonSchemaFormat(json_schema=NamedSchema(schema_=schema)):
+                schema = ANY_JSON_OBJECT if schema is None else schema
                 return [Constraint(kind="json_schema", value=schema, field="response_format")]
+            case JsonGrammar() | RegexGrammar() as grammar:
+                return [tgi_constraint(grammar, "response_format")]
             case _:
                 return []
 
@@ -131,31 +149,16 @@ def _given(**fields: tuple[ConstraintKind, Any]) -> list[tuple[str, ConstraintKi
     return [(name, kind, value) for name, (kind, value) in fields.items() if value is not None]
 
 
-class JsonGrammar(_Strict):
-    type: Literal["json"]
-    value: Schema
-
-
-class JsonSchemaGrammar(_Strict):
-    type: Literal["json_schema"]
-    value: NamedSchema
-
-
-class RegexGrammar(_Strict):
-    type: Literal["regex"]
-    value: StrictStr
-
-
 TgiGrammar = Annotated[JsonGrammar | JsonSchemaGrammar | RegexGrammar, Field(discriminator="type")]
 
 
-def tgi_constraint(grammar: JsonGrammar | JsonSchemaGrammar | RegexGrammar) -> Constraint:
+def tgi_constraint(grammar: JsonGrammar | JsonSchemaGrammar | RegexGrammar, field: str = "grammar") -> Constraint:
     """What Text Generation Inference's ``grammar`` asks of the answer."""
     match grammar:
         case RegexGrammar(value=regex):
-            return Constraint(kind="regex", value=regex, field="grammar")
+            return Constraint(kind="regex", value=regex, field=field)
         case JsonGrammar(value=schema):
-            return Constraint(kind="json_schema", value=schema, field="grammar")
+            return Constraint(kind="json_schema", value=schema, field=field)
         case JsonSchemaGrammar(value=named):
             schema = ANY_JSON_OBJECT if named.schema_ is None else named.schema_
-            return Constraint(kind="json_schema", value=schema, field="grammar")
+            return Constraint(kind="json_schema", value=schema, field=field)

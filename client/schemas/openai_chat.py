@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from client.schemas.openai_generation import GenerationBody, Usage
-from client.schemas.request_body import MAX_TOKENS_FIELD, RequestBody
+from client.schemas.openai_generation import GenerationBody, ServiceTier, Usage
+from client.schemas.request_body import MAX_TOKENS_FIELD, Only, RequestBody
 from client.schemas.tools import MAX_TOOLS, AssistantToolCall, ToolsBody
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
@@ -96,11 +95,6 @@ class ChatRequest(ToolsBody, GenerationBody):
             ]
         }
     )
-    harmless_values: ClassVar[Mapping[str, object]] = {
-        **GenerationBody.harmless_values,
-        "modalities": ["text"],
-    }
-
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: StrictInt | None = Field(
         None, ge=1, le=MAX_TOKENS_FIELD, description="left out: what the context leaves"
@@ -108,6 +102,10 @@ class ChatRequest(ToolsBody, GenerationBody):
     max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_TOKENS_FIELD, description="its older name")
     logprobs: StrictBool = Field(False, description="tell the answer's tokens with their log-probabilities")
     top_logprobs: StrictInt | None = Field(None, ge=0, description="and so many likeliest at each place")
+    modalities: Annotated[list[str], Only(["text"])] | None = Field(None, description="answers are text")
+    reasoning_effort: Annotated[str, Only("none")] | None = Field(None, description="models are not told how to reason")
+    verbosity: Annotated[str, Only("medium")] | None = Field(None, description="models are not told how much to say")
+    add_generation_prompt: Annotated[bool, Only(True)] = Field(True, description="the answer is a new message")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -180,6 +178,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: ServiceTier = None
 
 
 class ToolCallDelta(AssistantToolCall):
@@ -211,3 +210,4 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice] = Field(description="one; none in the chunk with the usage")
     usage: Usage | None = Field(None, description="only if asked for: null, and in the last chunk the usage")
+    service_tier: ServiceTier = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
 
-from client.schemas.openai_generation import MAX_ANSWERS, FinishReason, GenerationBody, TokenId, Usage
+from client.schemas.openai_generation import FinishReason, GenerationBody, ServiceTier, TokenId, Usage
 from client.schemas.request_body import MAX_TOKENS_FIELD
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
@@ -15,13 +16,20 @@ from server.request import GenerationParams
 DEFAULT_MAX_TOKENS = 16
 
 Prompt = Annotated[StrictStr, Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1)]
-Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_ANSWERS)]
+Prompts = Annotated[list[Prompt], Field(min_length=1)]
 
 
-def _as_prompts(value: object) -> object:
+def _as_prompts(value: object) -> list[object]:
     """One prompt, a text or token ids, as a list of one."""
-    ids = isinstance(value, list) and bool(value) and all(isinstance(part, int) for part in value)
-    return [value] if ids or isinstance(value, str) else value
+    prompts = value if isinstance(value, list) and not _are_ids(value) else [value]
+    if not all(isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
+        message = "must be a text, a list of token ids (whole numbers from 0), or a list of texts or such lists"
+        raise PydanticCustomError("prompt", message)
+    return prompts
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is int and part >= 0 for part in value)
 
 
 class CompletionRequest(GenerationBody):
@@ -60,11 +68,9 @@ class CompletionRequest(GenerationBody):
         Raises:
             InvalidRequest: beyond the deployment's limits, or fields contradict each other.
         """
-        self._check(limits, self.logprobs or 0, None if self.only_prompt else self.max_tokens)
+        self._check(limits, self.logprobs or 0, None if self.only_prompt else self.max_tokens, len(self.prompt))
         if self.best_of not in (None, self.n):
             raise InvalidRequest("must be what n is: this server does not choose among answers", "best_of")
-        if len(self.prompt) * self.n > MAX_ANSWERS:
-            raise InvalidRequest(f"asks for more than {MAX_ANSWERS} answers to all prompts together", "n")
         if self.only_prompt and not self.echo:
             raise InvalidRequest("must be at least 1, unless echo asks for the prompt", "max_tokens")
         scored = self.echo and self.logprobs is not None
@@ -111,6 +117,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    service_tier: ServiceTier = None
 
 
 class CompletionChunkChoice(BaseModel):
@@ -129,3 +136,4 @@ class CompletionChunk(BaseModel):
     model: str
     choices: list[CompletionChunkChoice] = Field(description="one; none in the chunk with the usage")
     usage: Usage | None = Field(None, description="only if asked for: null, and in the last chunk the usage")
+    service_tier: ServiceTier = None

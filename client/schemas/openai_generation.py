@@ -5,18 +5,25 @@ The defaults are OpenAI's: temperature 1, top_p 1, nothing else. Fields that Ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from client.schemas.answer_form import FormedBody
-from client.schemas.request_body import MAX_TOKENS_FIELD, RequestBody, StopString, check_limits, random_seed
+from client.schemas.request_body import (
+    MAX_TOKENS_FIELD,
+    Only,
+    RequestBody,
+    StopString,
+    Unsupported,
+    check_answers,
+    check_limits,
+    random_seed,
+)
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import SamplingParams
 
-MAX_ANSWERS = 128  # of one request, all prompts together; each takes a place in the queue
 MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_SALT_CHARACTERS = 256
@@ -47,12 +54,10 @@ class StreamOptions(RequestBody):
 class GenerationBody(FormedBody):
     """How to generate, whatever the prompt is."""
 
-    harmless_values: ClassVar[Mapping[str, object]] = {"service_tier": "auto"}
-
     model: StrictStr = Field(description="a served name")
     stream: StrictBool = Field(False, description="the answer as server-sent events, as it comes")
     stream_options: StreamOptions | None = Field(None, description="only in a stream")
-    n: StrictInt = Field(1, ge=1, le=MAX_ANSWERS, description="answers to each prompt; answer i draws with seed + i")
+    n: StrictInt = Field(1, ge=1, description="answers to each prompt; answer i draws with seed + i")
     temperature: Number = Field(1.0, ge=0, le=100, description="0: greedy")
     top_p: Number = Field(1.0, gt=0, le=1, description="keep the most likely tokens that hold this probability; 1: off")
     top_k: StrictInt = Field(0, ge=-1, le=MAX_TOKENS_FIELD, description="keep the k most likely tokens; 0, -1: off")
@@ -76,19 +81,29 @@ class GenerationBody(FormedBody):
     user: StrictStr | None = Field(None, description="taken, and not used")
     safety_identifier: StrictStr | None = Field(None, description="taken, and not used")
     prompt_cache_key: StrictStr | None = Field(None, description="taken, and not used: cached prompts are found anyway")
+    prompt_cache_retention: Annotated[str, Only("in_memory", "in-memory")] | None = Field(
+        None, description="prompts are cached in memory"
+    )
     metadata: dict[str, Any] | None = Field(None, description="taken, and not used")
+    store: Unsupported = Field(None, description="answers are not stored: only false")
+    service_tier: Annotated[str, Only("auto", "default")] | None = Field(
+        None, description="there is one; if asked for, the answer says so"
+    )
+    skip_special_tokens: Annotated[bool, Only(True)] = Field(True, description="they leave no trace in the text")
+    spaces_between_special_tokens: Annotated[bool, Only(True)] = Field(True, description="of no effect, as they do not")
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream has a chunk with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _check(self, limits: LimitsConfig, top: int, max_tokens: int | None) -> None:
+    def _check(self, limits: LimitsConfig, top: int, max_tokens: int | None, prompts: int = 1) -> None:
         """``top``: how many likeliest tokens the answer shows.
 
         Raises:
             InvalidRequest: beyond the deployment's limits, or fields contradict each other.
         """
+        check_answers(prompts * self.n, limits, "n" if self.n > 1 else "prompt")
         check_limits(self.stop, top, self.seed, limits)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("can only be given in a stream", "stream_options")
@@ -118,6 +133,10 @@ class GenerationBody(FormedBody):
         if len(biases) < len(self.logit_bias):
             raise InvalidRequest("names a token twice", "logit_bias")
         return tuple(biases.items())
+
+
+# Of answers and chunks.
+ServiceTier = Annotated[Literal["default"] | None, Field(description="only if the request names one")]
 
 
 class PromptTokensDetails(BaseModel):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
@@ -27,6 +36,33 @@ NOTHING: tuple[object, ...] = (None, False, "False", "false", "", [], {})
 def says_nothing(value: object) -> bool:
     """Whether a field has no effect with this value: null, false or empty."""
     return any(value == nothing and type(value) is type(nothing) for nothing in NOTHING)
+
+
+def _refuse(value: object) -> None:
+    if not says_nothing(value):
+        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+
+
+Unsupported = Annotated[None, BeforeValidator(_refuse), WithJsonSchema({"enum": list(NOTHING)})]
+
+
+class Only:
+    """Of a field that this server knows in one way: these values, which say what it does anyway."""
+
+    def __init__(self, *values: object) -> None:
+        self._values = values
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [*self._values, None]}
+
+    def _check(self, value: object) -> object:
+        if not any(value == known and type(value) is type(known) for known in self._values):
+            values = " or ".join(map(json.dumps, self._values))
+            raise PydanticCustomError("only", f"can only be {values} on this server")
+        return value
 
 
 class RequestBody(BaseModel):
@@ -70,6 +106,16 @@ class RequestBody(BaseModel):
             schema["properties"].setdefault(name, {"enum": [value, *nothing], "default": value})
         schema["additionalProperties"] = {"enum": nothing}
         return schema
+
+
+def check_answers(count: int, limits: LimitsConfig, field: str) -> None:
+    """Whether one request may have so many answers; ``field`` is to blame if not.
+
+    Raises:
+        InvalidRequest: it may not.
+    """
+    if count > limits.max_answers:
+        raise InvalidRequest(f"asks for {count} answers in all, at most {limits.max_answers} are allowed", field)
 
 
 def check_limits(stop: Sequence[str], top_n_tokens: int, seed: int | None, limits: LimitsConfig) -> None:

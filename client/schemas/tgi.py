@@ -11,50 +11,40 @@ from typing import Annotated, Literal
 import msgspec
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
-    WithJsonSchema,
 )
-from pydantic_core import PydanticCustomError
 
 from client.schemas.answer_form import TgiGrammar, tgi_constraint
 from client.schemas.details import Details, FinishReason, Token
 from client.schemas.request_body import (
     MAX_TOKENS_FIELD,
-    NOTHING,
     RequestBody,
     StopString,
+    Unsupported,
+    check_answers,
     check_limits,
     random_seed,
-    says_nothing,
 )
 from config.serving_config import LimitsConfig
 from server.errors import InvalidRequest
 from server.request import GenerationParams, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 100
-MAX_BEST_OF = 8  # each of them takes a seat
-
-
-def _refuse(value: object) -> None:
-    if not says_nothing(value):
-        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
 
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Unsupported = Annotated[None, BeforeValidator(_refuse), WithJsonSchema({"enum": list(NOTHING)})]
 
 
 class TgiParameters(RequestBody):
     """How to generate."""
 
     best_of: StrictInt | None = Field(
-        None, ge=1, le=MAX_BEST_OF, description="answer with the likeliest of so many; must sample, without a seed"
+        None, ge=1, description="answer with the likeliest of so many; must sample, without a seed"
     )
     do_sample: StrictBool = Field(False, description="false: greedy, unless one of the next four fields is given")
     temperature: Number | None = Field(None, gt=0, le=100, description="above 0 and up to 100; left out: 1")
@@ -124,6 +114,7 @@ class TgiParameters(RequestBody):
             raise InvalidRequest("above 1 needs do_sample: greedy answers are all the same", "best_of")
         if self.seed is not None:
             raise InvalidRequest("cannot be given with best_of above 1, whose answers have a seed each", "seed")
+        check_answers(self.best_of, limits, "best_of")
 
     def _sampling(self, stream: bool) -> SamplingParams:
         greedy = SamplingParams(
