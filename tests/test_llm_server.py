@@ -102,9 +102,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    sample = metrics.registry.get_sample_value(f"mindspore_llm_{name}", {"model_name": "llama2", **labels})
-    assert sample is not None, name
-    return sample
+    """The only sample of the series that has these labels."""
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    labels["model_name"] = "llama2"
+    [value] = [s.value for s in samples if s.name == f"mindspore_llm_{name}" and labels.items() <= s.labels.items()]
+    return value
 
 
 def test_a_batch_answers_as_each_alone(roomy: Serving) -> None:
