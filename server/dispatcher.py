@@ -20,7 +20,7 @@ class Load:
     """How a group stands, as one new request sees it."""
 
     num_requests: int  # that wait or run
-    num_tokens: int  # that these have yet to compute before each has its next token
+    num_tokens: int  # of these, that are yet to be computed before each has its next one
     num_known_tokens: int  # of the new request, that the group's cache holds
 
     @property

@@ -28,6 +28,7 @@ from itertools import count
 from operator import attrgetter
 
 from server.block_manager import BlockManager
+from server.dispatcher import Load
 from server.prefix_keys import PrefixKeys
 from server.request import PRIORITY_SECONDS, FinishReason, Request, Status
 from server.step import Draft, Row, Step
@@ -105,11 +106,6 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens that all requests together have yet to compute before each has its next one."""
-        return sum(request.num_tokens - request.num_computed_tokens for request in self.unfinished)
-
-    @property
     def unfinished(self) -> list[Request]:
         """All requests that have no finish reason yet."""
         return [*self._running, *self._waiting]
@@ -132,6 +128,14 @@ class Scheduler:
         self._trials.dismiss(request)
         request.leader = None  # whose blocks are of this cache
 
+    def load(self, request: Request) -> Load:
+        """How things stand here for a request that might be added."""
+        return Load(
+            num_requests=self.num_waiting + self.num_running,
+            num_tokens=sum(other.num_tokens - other.num_computed_tokens for other in self.unfinished),
+            num_known_tokens=self._known_prefix(request).num_tokens,
+        )
+
     def finish(self, request: Request, reason: FinishReason) -> bool:
         """End a request now; False if it has ended already. Its seat and blocks are free at once."""
         if request.status is Status.FINISHED:
@@ -144,10 +148,6 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
         return True
-
-    def num_known_tokens(self, request: Request) -> int:
-        """Tokens of a request's begin that the cache holds, and that it need not compute if it is admitted now."""
-        return self._known_prefix(request).num_tokens
 
     def schedule(self) -> Step | None:
         """The next step, or None if there is nothing to do before the steps in flight are over."""

@@ -127,12 +127,7 @@ class StepLoop:
 
     def load(self, request: Request) -> Load:
         """How the group stands, as a new request sees it."""
-        scheduler = self._scheduler
-        return Load(
-            num_requests=scheduler.num_waiting + scheduler.num_running,
-            num_tokens=scheduler.num_uncomputed_tokens,
-            num_known_tokens=scheduler.num_known_tokens(request),
-        )
+        return self._scheduler.load(request)
 
     def fits(self, request: Request) -> bool:
         """Whether there is room for the request and its longest answer."""
@@ -215,7 +210,7 @@ class StepLoop:
                 if not self._agents.connected:
                     await self._reconnect()
                 self._send_steps()
-                await (self._finish_step() if self._sent else self._idle())
+                await self._wait()
             except AgentsTaken as error:
                 self._requeue(crashed=False)
                 _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
@@ -232,10 +227,19 @@ class StepLoop:
                 await self._agents.close()
                 self._recover()
 
+    async def _wait(self) -> None:
+        """For the oldest step, for something to do, or to hear how the agents were lost."""
+        if self._sent:
+            await self._finish_step()
+        elif self._agents.alive:
+            await self._idle()
+        else:
+            await self._probe()
+
     def _send_steps(self) -> None:
-        """Plan and send as many steps as may be in flight."""
+        """Plan and send as many steps as may be in flight; none to agents that are lost: no request is to blame."""
         started = time.monotonic()
-        while step := self._scheduler.schedule():
+        while self._agents.alive and (step := self._scheduler.schedule()):
             sent = Sent(step, make_plan(step, self._hello.block_size))
             self._sent.append(sent)
             self._agents.send(sent.plan)
