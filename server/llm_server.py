@@ -152,6 +152,8 @@ class LLMServer:
             )
             for index in range(n)
         ]
+        for answer in answers[1:]:
+            answer.request.leader = answers[0].request
         self._metrics.n.observe(n)
         self.replicas.add(answers)
         return [

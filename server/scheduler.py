@@ -132,7 +132,7 @@ class Scheduler:
         """How things stand here for a request that might be added."""
         return Load(
             num_requests=self.num_waiting + self.num_running,
-            num_tokens=sum(other.num_tokens - other.num_computed_tokens for other in self.unfinished),
+            num_tokens=sum(other.num_uncomputed_tokens for other in self.unfinished),
             num_known_tokens=self._known_prefix(request).num_tokens,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -114,6 +115,23 @@ def test_a_batch_answers_as_each_alone(roomy: Serving) -> None:
         assert await read(server, PROMPTS, greedy(200)) == [by_hand(prompt, 200) for prompt in PROMPTS]
 
     run(roomy, main)
+
+
+def test_answers_to_one_prompt_compute_it_once(roomy: Serving) -> None:
+    metrics = Metrics()
+    sampled = greedy(30, sampling=SamplingParams(temperature=3.0, seed=7), ignore_eos=True)
+    prompt = "one prompt for several answers, " * 5
+
+    async def main(server: LLMServer) -> None:
+        several = [(await stream.collect()).text for stream in await server.submit_all(prompt, sampled, 3)]
+        tokens = len(await server.tokenize(prompt))
+        assert value(metrics, "prefix_cache_hits_total") == 2 * (tokens - 1)
+        assert len(set(several)) == 3
+        for index, text in enumerate(several):
+            seeded = msgspec.structs.replace(sampled.sampling, seed=7 + index)
+            assert (await collect(server, prompt, dataclasses.replace(sampled, sampling=seeded))).text == text
+
+    run(roomy, main, metrics)
 
 
 def test_preempted_answers_as_undisturbed(tmp_path: Path) -> None:
