@@ -2,14 +2,18 @@
 
 What ``server/step_loop.py`` does, in its order: plan as many steps as may be in flight, wait for the oldest, take its
 tokens, plan again. The agents run steps one after another, each as soon as they have its plan and are done with the one
-before. A request that arrives in between is seen at the next planning. HTTP, tokenizing and text cost no time here.
+before. A request that arrives in between is seen at the next planning. HTTP, tokenizing and text cost no time here, and
+the loops of several groups do not hold up each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
+from operator import attrgetter
+from typing import Literal, get_args
 from zlib import crc32
 
 from agent.protocol import SamplingParams
@@ -17,11 +21,16 @@ from benchmarks.device import Device
 from benchmarks.latency import Answer
 from benchmarks.trace import Job, Shape
 from server.block_manager import BlockManager
+from server.dispatcher import Load, choose
 from server.request import GenerationParams, Request
 from server.scheduler import SPARE_BLOCKS, Scheduler
 from server.step import Step
 
 END, TOKEN = 0, 1  # what ends an answer, and what it is made of
+
+# Which group a request goes to: the server's own rule, the same blind to what is cached, or each in turn.
+Dispatch = Literal["prefix_aware", "least_loaded", "round_robin"]
+DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,8 @@ class Limits:
     prefix_caching: bool = True
     spare_blocks: int = SPARE_BLOCKS  # that an admission leaves for each running row
     cached_tokens: int | None = None  # None: what the device has room for
+    data_parallel: int = 1  # groups, each with a device
+    dispatch: Dispatch = "prefix_aware"
     max_new_tokens: int | None = None  # that each request asks for; None: just the tokens that its answer has
 
 
@@ -65,7 +76,8 @@ class Totals:
 
     begin: float = 0.0
     end: float = 0.0
-    busy: float = 0.0  # of the device
+    devices: int = 1
+    busy: float = 0.0  # of all devices together
     steps: int = 0
     rows: int = 0
     wasted_rows: int = 0  # of requests that turned out to have ended
@@ -86,7 +98,6 @@ class Policy:
     def __init__(self, device: Device, limits: Limits) -> None:
         tokens = device.cached_tokens if limits.cached_tokens is None else limits.cached_tokens
         self.blocks = BlockManager(1 + tokens // device.block_size, device.block_size)
-        self._limits = limits
         longest = min(device.context_length, self.blocks.num_usable * device.block_size)
         self._longest = longest if limits.chunks else min(longest, limits.max_num_batched_tokens)
         self._scheduler = Scheduler(
@@ -99,26 +110,19 @@ class Policy:
             spare_blocks=limits.spare_blocks,
         )
         self._outcomes: dict[Request, Outcome] = {}
-        self._number = 0
 
     @property
     def num_unfinished(self) -> int:
         return self._scheduler.num_waiting + self._scheduler.num_running
 
-    def add(self, outcome: Outcome) -> bool:
+    def load(self, request: Request) -> Load:
+        """What the server's dispatcher is told."""
+        return self._scheduler.load(request)
+
+    def add(self, request: Request, outcome: Outcome) -> bool:
         """Queue a request; False if a server would refuse it as too long."""
-        shape, limit = outcome.job.shape, self._limits.max_new_tokens
-        new_tokens = shape.output_tokens if limit is None else limit
-        if shape.prompt_tokens + new_tokens > self._longest:
+        if len(request.prompt_ids) + request.max_new_tokens > self._longest:
             return False
-        self._number += 1
-        request = Request(
-            request_id=str(self._number),
-            prompt_ids=_prompt(shape, self._number),
-            params=GenerationParams(sampling=SamplingParams(end_token_ids=(END,)), priority=shape.priority),
-            arrival=outcome.job.arrival,
-            max_new_tokens=new_tokens,
-        )
         self._outcomes[request] = outcome
         self._scheduler.add(request)
         return True
@@ -161,44 +165,92 @@ class _Sent:
     end: float  # when its answer comes
 
 
-def replay(jobs: Sequence[Job], device: Device, limits: Limits) -> tuple[list[Outcome], Totals]:
-    """Run all ``jobs``, which are in order of arrival, to their ends."""
-    policy = Policy(device, limits)
-    outcomes = [Outcome(job) for job in jobs]
-    coming = deque(outcomes)
-    sent: deque[_Sent] = deque()
-    now = free_at = jobs[0].arrival  # the server's time, and when the agents have run all that was sent
-    totals = Totals(begin=now, blocks=policy.blocks.num_usable)
+class Group:
+    """A device with its scheduler, and the server's time for it."""
 
-    def wait(until: float) -> None:
-        nonlocal now
-        if until > now:
-            totals.request_seconds += policy.num_unfinished * (until - now)
-            totals.block_seconds += policy.blocks.num_used * (until - now)
-            now = until
+    def __init__(self, device: Device, limits: Limits, totals: Totals) -> None:
+        self.policy = Policy(device, limits)
+        self._device = device
+        self._totals = totals
+        self._sent: deque[_Sent] = deque()
+        self.now = self._free_at = totals.begin  # its own time, and when the agents have run all that was sent
 
-    while coming or sent or policy.num_unfinished:
-        while coming and coming[0].job.arrival <= now:
-            totals.refused += not policy.add(coming.popleft())
-        while step := policy.plan(now + 1e-3 * device.server_ms):
-            wait(now + 1e-3 * device.server_ms)
+    @property
+    def due(self) -> float:
+        """When the server looks at it next; infinite: when a request comes."""
+        if self._sent:
+            return max(self.now, self._sent[0].end)
+        return self.now if self.policy.num_unfinished else inf
+
+    def wait(self, until: float) -> None:
+        """Let time go by."""
+        if until > self.now:
+            self._totals.request_seconds += self.policy.num_unfinished * (until - self.now)
+            self._totals.block_seconds += self.policy.blocks.num_used * (until - self.now)
+            self.now = until
+
+    def take_turn(self) -> None:
+        """Take the tokens of the oldest step, and send what may follow."""
+        totals, device = self._totals, self._device
+        if self._sent:
+            self.wait(self._sent[0].end)
+            totals.wasted_rows += self.policy.finish(self._sent.popleft().step, self.now)
+        while step := self.policy.plan(self.now + 1e-3 * device.server_ms):
+            self.wait(self.now + 1e-3 * device.server_ms)
             seconds = device.step_seconds(step)
-            free_at = max(now, free_at) + seconds + 1e-3 * device.agent_ms
-            sent.append(_Sent(step, free_at))
+            self._free_at = max(self.now, self._free_at) + seconds + 1e-3 * device.agent_ms
+            self._sent.append(_Sent(step, self._free_at))
             totals.busy += seconds
             totals.steps += 1
             totals.rows += len(step.rows)
             totals.computed_tokens += step.num_tokens
-        if sent:
-            wait(sent[0].end)
-            totals.wasted_rows += policy.finish(sent.popleft().step, now)
-        elif coming:
-            wait(coming[0].job.arrival)
+        assert self._sent or not self.policy.num_unfinished, "requests wait, and nothing is scheduled"
+
+
+def replay(jobs: Sequence[Job], device: Device, limits: Limits) -> tuple[list[Outcome], Totals]:
+    """Run all ``jobs``, which are in order of arrival, to their ends."""
+    totals = Totals(begin=jobs[0].arrival, devices=limits.data_parallel)
+    groups = [Group(device, limits, totals) for _ in range(limits.data_parallel)]
+    totals.blocks = sum(group.policy.blocks.num_usable for group in groups)
+    outcomes = [Outcome(job) for job in jobs]
+    coming = deque(enumerate(outcomes, 1))
+    while True:
+        next_one = min(groups, key=attrgetter("due"))
+        if coming and coming[0][1].job.arrival <= next_one.due:
+            number, outcome = coming.popleft()
+            request = _request(outcome.job, number, limits)
+            group = groups[_place(request, number, groups, limits.dispatch)]
+            group.wait(outcome.job.arrival)
+            totals.refused += not group.policy.add(request, outcome)
+        elif next_one.due < inf:
+            next_one.take_turn()
         else:
-            assert not policy.num_unfinished, "requests wait, and nothing is scheduled"
-    totals.end = now
-    policy.check()
+            break
+    totals.end = max(group.now for group in groups)
+    for group in groups:
+        group.policy.check()
     return [outcome for outcome in outcomes if outcome.arrivals], totals
+
+
+def _place(request: Request, number: int, groups: Sequence[Group], dispatch: Dispatch) -> int:
+    """The place of the group that gets a request."""
+    if dispatch == "round_robin":
+        return number % len(groups)
+    loads = [group.policy.load(request) for group in groups]
+    if dispatch == "least_loaded":
+        loads = [replace(load, num_known_tokens=0) for load in loads]
+    return choose(loads)
+
+
+def _request(job: Job, number: int, limits: Limits) -> Request:
+    shape = job.shape
+    return Request(
+        request_id=str(number),
+        prompt_ids=_prompt(shape, number),
+        params=GenerationParams(sampling=SamplingParams(end_token_ids=(END,)), priority=shape.priority),
+        arrival=job.arrival,
+        max_new_tokens=shape.output_tokens if limits.max_new_tokens is None else limits.max_new_tokens,
+    )
 
 
 def _prompt(shape: Shape, number: int) -> list[int]:

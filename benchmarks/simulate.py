@@ -20,7 +20,7 @@ from random import Random
 from benchmarks import device, simulate_report, trace
 from benchmarks.arrivals import PATTERNS, arrival_times
 from benchmarks.device import Device
-from benchmarks.replay import Limits, replay
+from benchmarks.replay import DISPATCHES, Dispatch, Limits, replay
 from benchmarks.serve import count, option, positive
 from benchmarks.simulate_report import Cell, Settings, cell_of
 from benchmarks.trace import Job, Shape
@@ -35,7 +35,15 @@ def switch(text: str) -> bool:
     return text == "true"
 
 
-SWEPT: dict[str, Callable[[str], int | bool]] = {
+def dispatch(text: str) -> Dispatch:
+    """How requests find a group."""
+    for known in DISPATCHES:
+        if text == known:
+            return known
+    raise ValueError(f"{text!r} is none of {', '.join(DISPATCHES)}")
+
+
+SWEPT: dict[str, Callable[[str], int | bool | str]] = {
     "max_num_seqs": count,
     "max_num_batched_tokens": count,
     "chunks": switch,
@@ -43,6 +51,8 @@ SWEPT: dict[str, Callable[[str], int | bool]] = {
     "prefix_caching": switch,
     "spare_blocks": count,
     "cached_tokens": count,
+    "data_parallel": count,
+    "dispatch": dispatch,
     "max_new_tokens": count,
 }
 
@@ -102,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def sweep(text: str) -> tuple[str, list[int | bool]]:
+def sweep(text: str) -> tuple[str, list[int | bool | str]]:
     """``max_num_seqs=32,64`` as name and values."""
     name, _, values = text.partition("=")
     if name not in SWEPT:

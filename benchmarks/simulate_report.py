@@ -35,7 +35,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     e2e: Spread | None
     queue: Spread | None
     ttft_by_priority: dict[int, Spread | None]
-    utilisation: float  # the device's time at work, of all
+    utilisation: float  # the devices' time at work, of all
     steps: int
     rows_per_step: float
     computed_tokens: int
@@ -78,7 +78,7 @@ def cell_of(
         e2e=spread(values["E2E"]),
         queue=spread([1e3 * outcome.queued for outcome in outcomes]),
         ttft_by_priority={priority: spread(found) for priority, found in by_priority.items()},
-        utilisation=totals.busy / seconds,
+        utilisation=totals.busy / seconds / totals.devices,
         steps=totals.steps,
         rows_per_step=totals.rows / max(1, totals.steps),
         computed_tokens=totals.computed_tokens,

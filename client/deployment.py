@@ -38,17 +38,16 @@ class ServedModel:
     @property
     def agents(self) -> str:
         """Where its agents are, for messages: ``127.0.0.1:9821, 9822``."""
-        return f"{self.config.agent_host}:{', '.join(map(str, self.config.agent_ports))}"
+        return "; ".join(replica.agents.place for replica in self.server.replicas)
 
     @property
     def agents_now(self) -> str:
         """Where they are and how: ``agents at 127.0.0.1:9821 (restart 2 of 5)``."""
-        state = self.server.agents_state
-        return f"agents at {self.agents}" + (f" ({state.summary})" if state else "")
+        return f"agents at {'; '.join(replica.agents_now for replica in self.server.replicas)}"
 
     @property
     def ready(self) -> bool:
-        """It has answered its first prompt, and its agents answer still."""
+        """It has answered its first prompt, and its agents answer still, those of one group at least."""
         return self.warm and self.server.ready
 
     async def start(self) -> None:
@@ -176,10 +175,10 @@ class Deployment:
             _log.info("%s asks %s: %s", request_id, name, text)
 
     def check_ready(self) -> None:
-        """Whether every agent has answered a step lately.
+        """Whether of every model all agents, or those of one group, have answered a step lately.
 
         Raises:
-            NotServing: some have not, or the deployment is stopping; the message says which.
+            NotServing: those of some model have not, or the deployment is stopping; the message says which.
         """
         if self.draining:
             raise NotServing("the server is shutting down")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import add
+
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -10,7 +13,12 @@ from client.client_errors import BrokenAnswer, NotFound, NotServing
 from client.http_session import Session
 
 PREFIX = "mindspore_llm_"
-GAUGES = ("agents_ready", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+GAUGES: dict[str, Callable[[float, float], float]] = {  # and what makes one of those of several groups of agents
+    "agents_ready": max,
+    "num_requests_running": add,
+    "num_requests_waiting": add,
+    "kv_cache_usage_perc": max,
+}
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -80,7 +88,8 @@ def _gauges(metrics: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(metrics):
         name = family.name.removeprefix(PREFIX)
-        if name in GAUGES:
+        if combined := GAUGES.get(name):
             for sample in family.samples:
-                found.setdefault(sample.labels["model_name"], {})[name] = sample.value
+                gauges = found.setdefault(sample.labels["model_name"], {})
+                gauges[name] = combined(gauges.get(name, 0.0), sample.value)
     return found

@@ -29,7 +29,7 @@ from agent.protocol import (
 from config.agents_state import AgentsState, read_state
 from config.manifest import Manifest
 from config.secret_file import SecretError, read_secret
-from config.serving_config import LimitsConfig, ModelConfig
+from config.serving_config import LimitsConfig
 from config.silence import Silence
 
 RETRY_SECONDS = 0.1  # between two attempts to reach agents that are not there: nothing tells when they are
@@ -58,13 +58,26 @@ class StepFailed(Exception):
 
 
 class AgentGroup:
-    """All ranks of one model, one connection each: a plan goes to all of them, rank 0 answers for all."""
+    """All ranks of one group, one connection each: a plan goes to all of them, rank 0 answers for all.
+
+    Attributes:
+        place: where its agents are, for messages: ``127.0.0.1:9821, 9822``.
+    """
 
     def __init__(
-        self, model: ModelConfig, manifest: Manifest, limits: LimitsConfig, secret_path: Path, state_path: Path
+        self,
+        host: str,
+        ports: Sequence[int],
+        manifest: Manifest,
+        limits: LimitsConfig,
+        *,
+        secret_path: Path,
+        state_path: Path,
     ) -> None:
-        """``secret_path`` and ``state_path`` are the files of the agents' launcher, see ``ServingConfig``."""
-        self._model = model
+        """``ports`` are in the order of ranks, the paths those of the launcher's files, see ``ServingConfig``."""
+        self.place = f"{host}:{', '.join(map(str, ports))}"
+        self._host = host
+        self._ports = ports
         self._manifest = manifest
         self._limits = limits
         self._secret_path = secret_path
@@ -91,7 +104,7 @@ class AgentGroup:
     @property
     def connections(self) -> dict[str, bool]:
         """The address of every agent, in the order of ranks, and whether it is connected."""
-        return {f"{self._model.agent_host}:{port}": port in self._agents for port in self._model.agent_ports}
+        return {f"{self._host}:{port}": port in self._agents for port in self._ports}
 
     async def connect(self) -> Hello:
         """Wait until every agent has greeted; the reason for waiting is logged whenever it changes.
@@ -105,11 +118,10 @@ class AgentGroup:
         reason = ""
         while True:
             await self.close()
-            ports = self._model.agent_ports
-            results = await asyncio.gather(*map(self._attach, ports), return_exceptions=True)
+            results = await asyncio.gather(*map(self._attach, self._ports), return_exceptions=True)
             failure = next((result for result in results if result is not None), None)
             if failure is None:
-                hello = self._agree([self._agents[port].hello for port in ports])
+                hello = self._agree([self._agents[port].hello for port in self._ports])
                 self._ready = self._met = True
                 return hello
             if not isinstance(failure, OSError):
@@ -138,7 +150,7 @@ class AgentGroup:
         """
         if not self._ready:
             raise AgentsLost("there is no connection to the agents")
-        ranks = [self._agents[port] for port in self._model.agent_ports]
+        ranks = [self._agents[port] for port in self._ports]
         seconds = self._limits.step_deadline(ints(plan.token_ids).size) + PATIENCE_SECONDS
         deadline = asyncio.get_running_loop().call_later(seconds, self._give_up, plan)
         try:
@@ -174,9 +186,9 @@ class AgentGroup:
         Raises:
             OSError: it is not there, or not one of ours; the message names it.
         """
-        address, secret = f"{self._model.agent_host}:{port}", self._read_secret()
+        address, secret = f"{self._host}:{port}", self._read_secret()
         try:
-            attaching = _Agent.attach(self._model.agent_host, port, secret)
+            attaching = _Agent.attach(self._host, port, secret)
             self._agents[port] = await asyncio.wait_for(attaching, ATTACH_SECONDS)
         except asyncio.TimeoutError:
             raise OSError(f"the agent at {address} does not answer") from None
@@ -195,8 +207,8 @@ class AgentGroup:
     def _agree(self, hellos: Sequence[Hello]) -> Hello:
         """Check the greetings against the manifest and each other."""
         digest = self._manifest.digest()
-        for rank, (port, hello) in enumerate(zip(self._model.agent_ports, hellos, strict=True)):
-            agent = f"the agent at {self._model.agent_host}:{port}"
+        for rank, (port, hello) in enumerate(zip(self._ports, hellos, strict=True)):
+            agent = f"the agent at {self._host}:{port}"
             if hello.manifest_digest != digest:
                 raise AgentsRefused(f"{agent} runs another export of {hello.model}; restart the agents")
             if (hello.rank, hello.world_size) != (rank, len(hellos)):
@@ -312,5 +324,5 @@ class _Agent:
 
 
 def alike(hello: Hello) -> Hello:
-    """What all ranks of one model say alike, and an agent again after a restart."""
+    """What all agents of one model say alike, and an agent again after a restart."""
     return msgspec.structs.replace(hello, rank=0, pid=0, num_blocks=0)

@@ -13,22 +13,17 @@ from functools import partial
 
 import msgspec
 
-from agent.protocol import Hello
-from config.agents_state import AgentsState
 from config.grammar_engine import GrammarEngine
 from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
-from server.agent_group import AgentGroup
 from server.answer import Answer
 from server.errors import ContextExceeded, InvalidRequest, NotServing, Overloaded
 from server.grammar import GrammarCompiler
 from server.metrics import Metrics, ModelMetrics
-from server.observer import Observer
+from server.replicas import Replicas
 from server.request import GenerationParams, Request
 from server.request_stream import RequestStream
-from server.step_loop import StepLoop
 from server.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
-from server.tracing import open_spans
 
 ENCODE_IN_THREAD = 4096  # characters of a prompt that take long enough (about 4 ms) to be worth a thread
 
@@ -42,6 +37,7 @@ class LLMServer:
         model: its configuration.
         manifest: what its export says of it.
         tokenizer: its text side, for prompts, chat messages and the texts of single tokens.
+        replicas: the groups of its agents, to look at.
 
     Raises:
         ManifestError: the model's folder holds no exported model.
@@ -57,13 +53,8 @@ class LLMServer:
         self.tokenizer = Tokenizer(model.path, self.manifest.tokenizer)
         self._limits = config.limits
         self._grammars = GrammarCompiler(GrammarEngine(model.path, self.manifest), config.limits)
-        self._agents = AgentGroup(
-            model, self.manifest, config.limits, config.secret_path(model), config.state_path(model)
-        )
         self._metrics = ModelMetrics(metrics or Metrics(), model.names[0])
-        self._hello: Hello | None = None
-        self._loop: StepLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.replicas = Replicas(model, config, self.manifest, self._metrics)
         self._accepting = False
         self._preparing = 0  # requests whose prompt or grammar is being prepared; they count as waiting
         # One long prompt at a time: each takes memory many times its size, and they would hold up each other.
@@ -76,54 +67,33 @@ class LLMServer:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are accepted and every agent has answered lately."""
-        return self._accepting and self._loop is not None and self._loop.ready
-
-    @property
-    def agent_connections(self) -> dict[str, bool]:
-        """The address of every agent, in the order of ranks, and whether it is connected."""
-        return self._agents.connections
-
-    @property
-    def agents_state(self) -> AgentsState | None:
-        """How the agents are, by their launcher's word; None where that is not known."""
-        return self._agents.state
+        """Whether requests are accepted and every agent of a group, be it one of several, has answered lately."""
+        return self._accepting and self.replicas.ready
 
     @property
     def batch_size(self) -> int:
-        """Rows of the step that is running."""
-        return self._loop.batch_size if self._loop else 0
+        """Rows of the steps that are running."""
+        return sum(replica.batch_size for replica in self.replicas)
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return self._loop.num_waiting if self._loop else 0
+        """Requests in the queues."""
+        return self.replicas.num_waiting
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a prompt and its answer together: what the model was made for, or what its cache holds."""
-        if self._hello is None:
-            return self.manifest.context_length
-        hello = self._hello
-        cache = (hello.num_blocks - 1) * hello.block_size
-        if hello.capabilities.cached_context:
-            return min(self.manifest.context_length, cache)
-        step = min(hello.max_num_batched_tokens, self._limits.max_num_batched_tokens)  # takes a prompt whole
-        return min(self.manifest.context_length, cache, step)
+        """Tokens of a prompt and its answer together: what the model was made for, or what its caches hold."""
+        most = self.replicas.max_model_len
+        return self.manifest.context_length if most is None else most
 
     async def start(self) -> None:
-        """Wait for the agents and begin to serve.
+        """Wait for the agents, for those of one group if there are several, and begin to serve.
 
         Raises:
             AgentsRefused: the agents that are there cannot serve this model.
         """
-        self._hello = await self._agents.connect()
-        observer = Observer(self._metrics, open_spans(self.name))
-        self._loop = StepLoop(self._agents, self._hello, self._limits, self._metrics, observer)
-        self._show(self._loop)
-        self._task = asyncio.create_task(self._loop.run(), name=f"steps of {self.name}")
+        await self.replicas.start()
         self._accepting = True
-        _log.info("%s: %d cache blocks, context %d", self.name, self._hello.num_blocks, self.max_model_len)
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Accept nothing more, let what runs finish within ``drain_seconds``, abort the rest and leave the agents.
@@ -131,13 +101,9 @@ class LLMServer:
         Called again meanwhile, with less time, the shorter time holds.
         """
         self._accepting = False
-        if self._loop and self._task:
-            if not await self._loop.drained(drain_seconds):
-                _log.warning("%s: not all requests finished within %g s; they are aborted", self.name, drain_seconds)
-            self._loop.abort_all()
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        await self._agents.close()
+        if not await self.replicas.drained(drain_seconds):
+            _log.warning("%s: not all requests finished within %g s; they are aborted", self.name, drain_seconds)
+        await self.replicas.stop()
         self._encoder.shutdown(wait=False)
         self._grammars.close()
 
@@ -161,14 +127,15 @@ class LLMServer:
         Raises:
             InvalidRequest, Overloaded, NotServing: as of ``submit``.
         """
-        self._check_room(self._open_loop(), n)
+        self._check_open()
+        self._check_room(n)
         self._preparing += n
         try:
             prompt_ids = await self._prompt_ids(prompt, params)
             params = await self._with_grammar(params)
         finally:
             self._preparing -= n
-        loop = self._open_loop()
+        self._check_open()
         params = self._with_end_tokens(params)
         max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
         request_id = request_id or uuid.uuid4().hex
@@ -185,11 +152,13 @@ class LLMServer:
             )
             for index in range(n)
         ]
+        for answer in answers[1:]:
+            answer.request.leader = answers[0].request
         self._metrics.n.observe(n)
-        for answer in answers:
-            loop.add(answer)
+        self.replicas.add(answers)
         return [
-            RequestStream(answer.request, answer.mailbox, partial(loop.abort, answer.request)) for answer in answers
+            RequestStream(answer.request, answer.mailbox, partial(self.replicas.abort, answer.request))
+            for answer in answers
         ]
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -199,7 +168,8 @@ class LLMServer:
             InvalidRequest: it is no valid Unicode text.
             Overloaded, NotServing: as of ``submit``.
         """
-        self._check_room(self._open_loop(), 1)
+        self._check_open()
+        self._check_room(1)
         self._preparing += 1
         try:
             return await self._text_ids(text, GenerationParams(add_special_tokens=add_special_tokens))
@@ -217,15 +187,14 @@ class LLMServer:
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequest(f"token id {token_id} is outside 0 … {vocab_size - 1}", field)
 
-    def _open_loop(self) -> StepLoop:
-        if self._loop is None or not self._accepting:
-            raise NotServing("the server is stopping" if self._loop else "the server waits for its agents")
-        if self._loop.given_up:
+    def _check_open(self) -> None:
+        if not self._accepting:
+            raise NotServing("the server is stopping" if self.replicas.met else "the server waits for its agents")
+        if self.replicas.given_up:
             raise NotServing("the agents do not answer")
-        return self._loop
 
-    def _check_room(self, loop: StepLoop, n: int) -> None:
-        waiting = loop.num_waiting + self._preparing
+    def _check_room(self, n: int) -> None:
+        waiting = self.num_waiting + self._preparing
         if waiting + n > self._limits.max_waiting:
             raise Overloaded(f"{waiting} requests are waiting already; try again later")
 
@@ -256,7 +225,7 @@ class LLMServer:
 
     def _encode(self, text: str, params: GenerationParams) -> list[int]:
         """The tokens of ``text``, cut as asked. Long texts come here in a thread, one after another."""
-        self._open_loop()  # who waited for the thread while the server stopped is not tokenized any more
+        self._check_open()  # who waited for the thread while the server stopped is not tokenized any more
         ids = self.tokenizer.encode(text, params.add_special_tokens)
         if params.truncate is None:
             return ids
@@ -301,14 +270,6 @@ class LLMServer:
             raise InvalidRequest("cannot go with a constrained answer: only the end token can end one", "ignore_eos")
         grammar = await self._grammars.compile(params.constraint)
         return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar))
-
-    def _show(self, loop: StepLoop) -> None:
-        """Let the gauges look at the loop when they are scraped."""
-        self._metrics.running.set_function(lambda: loop.num_running)
-        self._metrics.waiting.set_function(lambda: loop.num_waiting)
-        self._metrics.cache_usage.set_function(lambda: loop.cache_usage)
-        self._metrics.ready.set_function(lambda: self.ready)
-        self._metrics.show_restarts(lambda: state.restarts if (state := self.agents_state) else 0)
 
 
 def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Histogram
 
-from server.metrics import ModelMetrics
+from server.metrics import GroupMetrics, ModelMetrics
 from server.request import FinishReason, Request
 from server.request_times import RequestTimes
 from server.step import Step
@@ -36,19 +36,19 @@ class Observer:
         if request.params.max_new_tokens is not None:
             self._metrics.max_tokens.observe(request.params.max_new_tokens)
 
-    def sent(self, step: Step, now: float) -> None:
-        """A step went to the agents."""
-        self._metrics.rows.observe(len(step.rows))
-        self._metrics.step_tokens.observe(step.num_tokens)
-        self._metrics.preemptions.inc(step.num_preempted)
+    def sent(self, step: Step, group: GroupMetrics, now: float) -> None:
+        """A step went to a group of agents."""
+        group.rows.observe(len(step.rows))
+        group.step_tokens.observe(step.num_tokens)
+        group.preemptions.inc(step.num_preempted)
         for request in step.admitted:
             times = self._times[request]
             if times.first_step is None:
                 times.first_step = now
                 self._metrics.queue_time.observe(now - request.arrival)
                 if not request.params.prompt_logprobs:  # they need the whole prompt computed, so nothing is looked up
-                    self._metrics.prefix_queries.inc(len(request.prompt_ids))
-                    self._metrics.prefix_hits.inc(request.num_cached_tokens)
+                    group.prefix_queries.inc(len(request.prompt_ids))
+                    group.prefix_hits.inc(request.num_cached_tokens)
 
     def token(self, request: Request, now: float) -> None:
         """A token goes to its client."""

@@ -83,7 +83,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     order: tuple[float, int] = (0.0, 0)  # who is served first; set by the scheduler, as is the next
-    prefix_keys: PrefixKeys = field(init=False)
+    prefix_keys: PrefixKeys | None = None  # made when they are first asked for
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_in_flight: int = 0  # steps that it takes part in and that are not over

@@ -28,6 +28,7 @@ from itertools import count
 from operator import attrgetter
 
 from server.block_manager import BlockManager
+from server.dispatcher import Load
 from server.prefix_keys import PrefixKeys
 from server.request import PRIORITY_SECONDS, FinishReason, Request, Status
 from server.step import Draft, Row, Step
@@ -68,7 +69,7 @@ class Scheduler:
         mixed: bool = True,
         spare_blocks: int = SPARE_BLOCKS,
     ) -> None:
-        """``salt`` keeps the keys of known prefixes secret.
+        """``salt`` keeps the keys of known prefixes secret; all schedulers of a model have the same.
 
         What the graphs can do: ``chunks`` of prompts after what is cached, prompts and decoding rows ``mixed``. An
         admission leaves ``spare_blocks`` for each running row.
@@ -117,8 +118,23 @@ class Scheduler:
         assert self._chunks or longest <= self._budget, "the request fits a step"
         rank = request.arrival + request.params.priority * PRIORITY_SECONDS
         request.order = rank, next(self._numbers)
-        request.prefix_keys = PrefixKeys(self.blocks.block_size, self._salt, request.params.cache_salt)
         insort(self._waiting, request, key=_in_order)
+
+    def remove(self, request: Request) -> None:
+        """Let another scheduler have a request that waits and takes part in no step; its answer so far goes along."""
+        assert request.status is Status.WAITING, "nothing here is the request's"
+        assert not request.num_in_flight, "no token is on the way to it"
+        self._waiting.remove(request)
+        self._trials.dismiss(request)
+        request.leader = None  # whose blocks are of this cache
+
+    def load(self, request: Request) -> Load:
+        """How things stand here for a request that might be added."""
+        return Load(
+            num_requests=self.num_waiting + self.num_running,
+            num_tokens=sum(other.num_uncomputed_tokens for other in self.unfinished),
+            num_known_tokens=self._known_prefix(request).num_tokens,
+        )
 
     def finish(self, request: Request, reason: FinishReason) -> bool:
         """End a request now; False if it has ended already. Its seat and blocks are free at once."""
@@ -204,6 +220,8 @@ class Scheduler:
         while self._running:
             self._withdraw(self._running[-1])
         self.blocks.forget()
+        for request in self._waiting:
+            request.leader = None  # has no blocks to share any more, and may go on elsewhere
         guilty = self._trials.crashed(involved) if crashed else []
         return [request for request in guilty if self.finish(request, "error")]
 
@@ -319,15 +337,20 @@ class Scheduler:
             return Prefix(leader.block_table[:full], leader.block_table[full] if rest else None, num_tokens)
         if not self._prefix_caching:
             return Prefix()
-        shared = self.blocks.known(request.prefix_keys.first((request.num_tokens - 1) // size, request.tokens))
+        shared = self.blocks.known(self._keys(request).first((request.num_tokens - 1) // size, request.tokens))
         return Prefix(shared, None, len(shared) * size)
+
+    def _keys(self, request: Request) -> PrefixKeys:
+        if request.prefix_keys is None:
+            request.prefix_keys = PrefixKeys(self.blocks.block_size, self._salt, request.params.cache_salt)
+        return request.prefix_keys
 
     def _remember(self, row: Row) -> None:
         """The cache now holds the row's tokens: make the blocks known that they have filled."""
         request, size = row.request, self.blocks.block_size
         first, end = row.start // size, (row.start + row.num_new_tokens) // size
         if self._prefix_caching and first < end and request.status is Status.RUNNING:
-            keys = request.prefix_keys.first(end, request.tokens)
+            keys = self._keys(request).first(end, request.tokens)
             for index in range(first, end):
                 self.blocks.remember(request.block_table[index], keys[index])
 

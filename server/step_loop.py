@@ -1,4 +1,4 @@
-"""The loop that keeps one model's agents busy.
+"""The loop that keeps one group of agents busy.
 
 Two steps are in flight: while the agents run one, the next is planned and sent, so they never wait for this process. In
 the meantime the tokens of the step before go to the clients.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from agent.protocol import Hello, StepPlan
@@ -20,10 +19,11 @@ from config.serving_config import LimitsConfig
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, AgentsTaken, StepFailed, alike
 from server.answer import Answer
 from server.block_manager import BlockManager
+from server.dispatcher import Load
 from server.errors import GenerationFailed, Overloaded
-from server.metrics import ModelMetrics
+from server.metrics import GroupMetrics
 from server.observer import Observer
-from server.request import FinishReason, Request
+from server.request import FinishReason, Request, Status
 from server.scheduler import Scheduler
 from server.step import Step
 from server.step_plan import make_plan, make_probe
@@ -46,16 +46,30 @@ class Sent:
 
 
 class StepLoop:
-    """Runs the requests of one model. All methods but ``run`` and ``drained`` return at once, on one event loop."""
+    """Runs the requests of one group. All methods but ``run`` and ``drained`` return at once, on one event loop."""
 
     def __init__(
-        self, agents: AgentGroup, hello: Hello, limits: LimitsConfig, metrics: ModelMetrics, observer: Observer
+        self,
+        agents: AgentGroup,
+        hello: Hello,
+        limits: LimitsConfig,
+        *,
+        salt: bytes,
+        metrics: GroupMetrics,
+        observer: Observer,
+        changed: Callable[[], None],
     ) -> None:
+        """``metrics`` are of its steps, ``observer`` sees the model's requests, ``salt`` is all its schedulers'.
+
+        ``changed`` is called when the agents are lost, when they are back, and when they are given up.
+        """
         self._agents = agents
         self._hello = hello
         self._limits = limits
-        self._metrics = metrics  # of its steps
-        self._observer = observer  # of its requests
+        self._salt = salt
+        self._metrics = metrics
+        self._observer = observer
+        self._changed = changed
         self._scheduler = self._new_scheduler()
         self._answers: dict[Request, Answer] = {}
         self._timers: dict[Request, list[asyncio.TimerHandle]] = {}
@@ -84,6 +98,21 @@ class StepLoop:
         return self._broken or self._refused
 
     @property
+    def empty(self) -> bool:
+        """Whether no request is left."""
+        return not self._answers
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its answer together: what the model was made for, or what the cache holds."""
+        hello = self._hello
+        cache = (hello.num_blocks - 1) * hello.block_size
+        if hello.capabilities.cached_context:
+            return min(hello.context_length, cache)
+        step = min(hello.max_num_batched_tokens, self._limits.max_num_batched_tokens)  # takes a prompt whole
+        return min(hello.context_length, cache, step)
+
+    @property
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
 
@@ -96,18 +125,46 @@ class StepLoop:
         """Share of the blocks that requests own, 0 to 1."""
         return self._scheduler.blocks.num_used / self._scheduler.blocks.num_usable
 
+    def load(self, request: Request) -> Load:
+        """How the group stands, as a new request sees it."""
+        return self._scheduler.load(request)
+
+    def fits(self, request: Request) -> bool:
+        """Whether there is room for the request and its longest answer."""
+        return len(request.prompt_ids) + request.max_new_tokens <= self.max_model_len
+
     def add(self, answer: Answer) -> None:
         """Queue the request of ``answer``, for as long as the limits allow."""
         self._answers[answer.request] = answer
         self._empty.clear()
         self._scheduler.add(answer.request)
-        self._observer.accepted(answer.request)
         self._timers[answer.request] = [
             asyncio.get_running_loop().call_at(answer.request.arrival + seconds, late, answer)
             for seconds, late in ((self._limits.max_queue_seconds, self._tire), (self._limits.max_seconds, self._cut))
             if seconds is not None
         ]
         self._work.set()
+
+    def movable(self) -> list[Answer]:
+        """What other groups may go on with while the agents are away, in the order in which it came here.
+
+        A request that was in flight when they were lost may be the reason. It stays, lest it costs the others their
+        agents as well, until these have been given up.
+        """
+        if self._agents.connected:
+            return []
+        return [
+            answer
+            for request, answer in self._answers.items()
+            if request.status is Status.WAITING
+            and not request.num_in_flight
+            and (self.given_up or not request.num_crashes)
+        ]
+
+    def remove(self, answer: Answer) -> None:
+        """Let another group go on with one of ``movable``."""
+        self._scheduler.remove(answer.request)
+        self._drop(answer)
 
     def abort(self, request: Request) -> None:
         """End a request, if it has not ended already."""
@@ -133,9 +190,9 @@ class StepLoop:
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no request is left, for ``seconds`` at most; whether that was enough."""
-        if self._answers:
+        if not self.empty:
             await _happens(self._empty, seconds)
-        return not self._answers
+        return self.empty
 
     async def run(self) -> None:
         """Run steps for ever; cancel to stop."""
@@ -153,7 +210,7 @@ class StepLoop:
                 if not self._agents.connected:
                     await self._reconnect()
                 self._send_steps()
-                await (self._finish_step() if self._sent else self._idle())
+                await self._wait()
             except AgentsTaken as error:
                 self._requeue(crashed=False)
                 _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
@@ -170,16 +227,25 @@ class StepLoop:
                 await self._agents.close()
                 self._recover()
 
+    async def _wait(self) -> None:
+        """For the oldest step, for something to do, or to hear how the agents were lost."""
+        if self._sent:
+            await self._finish_step()
+        elif self._agents.alive:
+            await self._idle()
+        else:
+            await self._probe()
+
     def _send_steps(self) -> None:
-        """Plan and send as many steps as may be in flight."""
+        """Plan and send as many steps as may be in flight; none to agents that are lost: no request is to blame."""
         started = time.monotonic()
-        while step := self._scheduler.schedule():
+        while self._agents.alive and (step := self._scheduler.schedule()):
             sent = Sent(step, make_plan(step, self._hello.block_size))
             self._sent.append(sent)
             self._agents.send(sent.plan)
             now = time.monotonic()
             self._metrics.plan.observe(now - started)
-            self._observer.sent(step, now)
+            self._observer.sent(step, self._metrics, now)
             started = now
 
     async def _finish_step(self) -> None:
@@ -241,11 +307,13 @@ class StepLoop:
         self._forget(answer, reason)
 
     def _forget(self, answer: Answer, reason: FinishReason) -> None:
-        request = answer.request
-        del self._answers[request]
-        for timer in self._timers.pop(request):
+        self._drop(answer)
+        self._observer.ended(answer.request, reason, time.monotonic())
+
+    def _drop(self, answer: Answer) -> None:
+        del self._answers[answer.request]
+        for timer in self._timers.pop(answer.request):
             timer.cancel()
-        self._observer.ended(request, reason, time.monotonic())
         if not self._answers:
             self._empty.set()
 
@@ -263,6 +331,7 @@ class StepLoop:
         self._deliver()
         self._sent.clear()
         self._fail_answers(self._scheduler.requeue(crashed=crashed))
+        self._changed()
 
     def _recover(self) -> None:
         """Something of ours went wrong: treat it as a crash, whose culprit is found in the end."""
@@ -295,7 +364,7 @@ class StepLoop:
                 answer.fail(_failure(request))
 
     async def _reconnect(self) -> None:
-        """Wait for the agents to come back; what was running is recomputed then, to the same tokens."""
+        """Wait for the agents to come back; what is left of what was running is recomputed then, to the same tokens."""
         self._metrics.connections_lost.inc()
         while True:
             try:
@@ -306,12 +375,14 @@ class StepLoop:
                 _log.error("%s", refusal)
                 self._refused = True
                 await self._agents.close()
+                self._changed()
                 self._fail_answers(list(self._answers))
                 await asyncio.sleep(REFUSED_SECONDS)  # until someone mends it
             else:
                 _log.info("the agents are back")
                 self._refused = False
                 self._last_answer = time.monotonic()
+                self._changed()
                 return
 
     def _new_scheduler(self) -> Scheduler:
@@ -320,7 +391,7 @@ class StepLoop:
             BlockManager(hello.num_blocks, hello.block_size),
             max_num_seqs=min(hello.max_num_seqs, limits.max_num_seqs),
             max_num_batched_tokens=min(hello.max_num_batched_tokens, limits.max_num_batched_tokens),
-            salt=secrets.token_bytes(32),
+            salt=self._salt,
             prefix_caching=limits.prefix_caching,
             chunks=hello.capabilities.cached_context,
             mixed=hello.capabilities.mixed_steps,

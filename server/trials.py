@@ -60,6 +60,10 @@ class Trials:
         if self._groups:
             self._remove([request])
 
+    def dismiss(self, request: Request) -> None:
+        """The request has left for another group of agents."""
+        self._remove([request])
+
     def _remove(self, requests: Sequence[Request]) -> None:
         for group in self._groups:
             group[:] = [request for request in group if request not in requests]

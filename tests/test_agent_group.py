@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,7 @@ from serving_processes import Serving, free_ports, standin_deployment
 
 from agent.protocol import StepPlan, pack_ints
 from config.manifest import Manifest, read_manifest
-from config.serving_config import LimitsConfig, ModelConfig, ServingConfig, load
+from config.serving_config import LimitsConfig, ServingConfig, load
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed
 from server.step_plan import make_probe
 
@@ -35,10 +35,21 @@ def two_ranks(folder: Path) -> Serving:
     return standin_deployment(folder, [{"agent_ports": free_ports(RANKS)}])
 
 
-def group(config: ServingConfig, model: ModelConfig | None = None, manifest: Manifest | None = None) -> AgentGroup:
-    model = model or config.models[0]
-    secret_path, state_path = config.secret_path(config.models[0]), config.state_path(config.models[0])
-    return AgentGroup(model, manifest or read_manifest(model.path), config.limits, secret_path, state_path)
+def group(
+    config: ServingConfig,
+    ports: Sequence[int] | None = None,
+    manifest: Manifest | None = None,
+    secret_path: Path | None = None,
+) -> AgentGroup:
+    model = config.models[0]
+    return AgentGroup(
+        model.agent_host,
+        ports or model.groups[0],
+        manifest or read_manifest(model.path),
+        config.limits,
+        secret_path=secret_path or config.secret_path(model),
+        state_path=config.state_path(model),
+    )
 
 
 def test_all_ranks_answer_a_plan(deployment: Serving) -> None:
@@ -77,14 +88,12 @@ def test_agents_of_another_model_are_refused(deployment: Serving) -> None:
     config = load(deployment.config_path)
     model = config.models[0]
     other = msgspec.structs.replace(read_manifest(model.path), context_length=77)
-    turned = msgspec.structs.replace(model, agent_ports=tuple(reversed(model.agent_ports)))
-    alone = msgspec.structs.replace(model, agent_ports=model.agent_ports[:1])
 
     async def main() -> None:
         for agents, reason in (
             (group(config, manifest=other), "another export of standin"),
-            (group(config, turned), "is rank 1 of 2; the configuration makes it rank 0"),
-            (group(config, alone), "is rank 0 of 2; the configuration makes it rank 0 of 1"),
+            (group(config, model.agent_ports[::-1]), "is rank 1 of 2; the configuration makes it rank 0"),
+            (group(config, model.agent_ports[:1]), "is rank 0 of 2; the configuration makes it rank 0 of 1"),
         ):
             with pytest.raises(AgentsRefused, match=reason):
                 await agents.connect()
@@ -145,11 +154,10 @@ def test_with_a_wrong_secret_nothing_is_said(
     caplog.set_level(logging.INFO)
 
     async def main() -> None:
-        model = load(deployment.config_path).models[0]
         secret = tmp_path / "secret"
         secret.write_bytes(b"not the secret of these agents..")
         secret.chmod(0o600)
-        agents = AgentGroup(model, read_manifest(model.path), LimitsConfig(), secret, tmp_path / "none.state")
+        agents = group(load(deployment.config_path), secret_path=secret)
         connecting = asyncio.create_task(agents.connect())
         await logged(caplog, "has it the same secret file")
         connecting.cancel()

@@ -258,7 +258,8 @@ def test_the_status_of_a_server(standin: Serving, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_ready_says_why() -> None:
     number = stream({"event": "message", "retry": 30000, "data": 4})
-    metrics = 'mindspore_llm_num_requests_running{model_name="m"} 2.0\nother{model_name="m"} 1.0\n'
+    metrics = 'mindspore_llm_num_requests_running{engine="%d",model_name="m"} 1.0\n'
+    metrics = metrics % 0 + metrics % 1 + 'other{model_name="m"} 1.0\n'
     refused = plain(503, '{"error": "waiting for m", "field": null}', "Retry-After: 5")
     with scripted(refused, number, number, plain(200, metrics)) as server:
         code, out, _ = run("status", "--url", server.url)

@@ -187,7 +187,7 @@ def test_refused_requests_leave_nothing_behind(standin: Serving, client: httpx.C
     for _ in range(50):
         client.post("/models/llama2", json={"inputs": "x" * 8192})
         client.post("/models/llama2", content=b"{", headers=JSON)
-    assert 'num_requests_running{model_name="llama2"} 0.0' in client.get("/metrics").text
+    assert 'num_requests_running{engine="0",model_name="llama2"} 0.0' in client.get("/metrics").text
     assert ask(client, "hi", max_new_tokens=2)
 
 

@@ -31,7 +31,17 @@ MAY_IMPORT = {
 # The scheduling core: no clock, no sockets, no event loop, and nothing of ours that has them.
 PURE = tuple(
     f"server/{noun}.py"
-    for noun in ("block_manager", "prefix_keys", "request", "request_times", "scheduler", "step", "step_plan", "trials")
+    for noun in (
+        "block_manager",
+        "dispatcher",
+        "prefix_keys",
+        "request",
+        "request_times",
+        "scheduler",
+        "step",
+        "step_plan",
+        "trials",
+    )
 )
 PURE_MAY_IMPORT = ["agent.protocol", *(file.removesuffix(".py").replace("/", ".") for file in PURE)]
 # What speaks to a server over HTTP like everybody else, though it lives in the app's package.

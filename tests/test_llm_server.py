@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -102,9 +103,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    sample = metrics.registry.get_sample_value(f"mindspore_llm_{name}", {"model_name": "llama2", **labels})
-    assert sample is not None, name
-    return sample
+    """The only sample of the series that has these labels."""
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    labels["model_name"] = "llama2"
+    [value] = [s.value for s in samples if s.name == f"mindspore_llm_{name}" and labels.items() <= s.labels.items()]
+    return value
 
 
 def test_a_batch_answers_as_each_alone(roomy: Serving) -> None:
@@ -112,6 +115,23 @@ def test_a_batch_answers_as_each_alone(roomy: Serving) -> None:
         assert await read(server, PROMPTS, greedy(200)) == [by_hand(prompt, 200) for prompt in PROMPTS]
 
     run(roomy, main)
+
+
+def test_answers_to_one_prompt_compute_it_once(roomy: Serving) -> None:
+    metrics = Metrics()
+    sampled = greedy(30, sampling=SamplingParams(temperature=3.0, seed=7), ignore_eos=True)
+    prompt = "one prompt for several answers, " * 5
+
+    async def main(server: LLMServer) -> None:
+        several = [(await stream.collect()).text for stream in await server.submit_all(prompt, sampled, 3)]
+        tokens = len(await server.tokenize(prompt))
+        assert value(metrics, "prefix_cache_hits_total") == 2 * (tokens - 1)
+        assert len(set(several)) == 3
+        for index, text in enumerate(several):
+            seeded = msgspec.structs.replace(sampled.sampling, seed=7 + index)
+            assert (await collect(server, prompt, dataclasses.replace(sampled, sampling=seeded))).text == text
+
+    run(roomy, main, metrics)
 
 
 def test_preempted_answers_as_undisturbed(tmp_path: Path) -> None:

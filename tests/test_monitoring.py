@@ -48,7 +48,7 @@ EXPRESSIONS = [*dashboard_expressions(), *(alert["expr"] for alert in alerts())]
 def shown() -> dict[str, set[str]]:
     """The series of a server, with their labels; ``up`` is Prometheus' own."""
     metrics = Metrics()
-    ModelMetrics(metrics, "llama2")
+    ModelMetrics(metrics, "llama2").group(0)
     metrics.count_response(200)
     series: dict[str, set[str]] = {"up": set()}
     for family in text_string_to_metric_families(metrics.exposition().decode()):

@@ -21,7 +21,7 @@ from serving_processes import ROOT, Serving, eventually
 from agent.protocol import SamplingParams
 from config.serving_config import MetricsConfig
 from server import tracing
-from server.metrics import Metrics, ModelMetrics
+from server.metrics import GroupMetrics, Metrics, ModelMetrics
 from server.observer import Observer
 from server.request import FinishReason, GenerationParams, Request
 from server.request_span import RequestSpans, join
@@ -56,6 +56,7 @@ OWN_NAMES = {
     "agent_connections_lost",
     "agent_restarts",
     "agents_ready",
+    "requests_moved",
     "http_responses",
     "step_agent_seconds",
     "step_device_seconds",
@@ -98,10 +99,10 @@ def step_of(*requests: Request, admitted: tuple[Request, ...] = ()) -> Step:
     return Step(step_id=1, rows=rows, admitted=admitted)
 
 
-def live(observer: Observer, request: Request, reason: FinishReason = "length") -> None:
+def live(observer: Observer, metrics: Metrics, request: Request, reason: FinishReason = "length") -> None:
     """A request's life: arrival at 100, first step at 101, tokens at 103, 104 and 107, end at 107.5."""
     observer.accepted(request)
-    observer.sent(step_of(request, admitted=(request,)), 101.0)
+    observer.sent(step_of(request, admitted=(request,)), GroupMetrics(metrics, "llama2", "0"), 101.0)
     for now in (103.0, 104.0, 107.0):
         observer.token(request, now)
     observer.ended(request, reason, 107.5)
@@ -110,7 +111,7 @@ def live(observer: Observer, request: Request, reason: FinishReason = "length") 
 @pytest.mark.parametrize("prefix", ["mindspore_llm_", "vllm:"])
 def test_the_names_are_those_that_users_of_vllm_chart(prefix: str) -> None:
     metrics = Metrics(MetricsConfig(prefix=prefix))
-    ModelMetrics(metrics, "llama2")
+    ModelMetrics(metrics, "llama2").group(0)
     families = list(text_string_to_metric_families(metrics.exposition().decode()))
     assert {family.name for family in families if not family.name.endswith("_created")} == {
         prefix + name for name in VLLM_NAMES | OWN_NAMES
@@ -122,7 +123,7 @@ def test_the_times_of_a_request(metrics: Metrics) -> None:
     observer = Observer(ModelMetrics(metrics, "llama2"))
     request = make_request(5)
     request.num_cached_tokens = 4
-    live(observer, request)
+    live(observer, metrics, request)
     seen = values(metrics.exposition().decode())
     expected = {
         "prompt_tokens_total": 5,
@@ -167,20 +168,20 @@ def test_a_request_that_comes_back_has_waited_once(metrics: Metrics) -> None:
     request = make_request(5)
     observer.accepted(request)
     for now in (101.0, 109.0):
-        observer.sent(step_of(request, admitted=(request,)), now)
+        observer.sent(step_of(request, admitted=(request,)), GroupMetrics(metrics, "llama2", "0"), now)
     seen = values(metrics.exposition().decode())
     assert seen["request_queue_time_seconds_count"] == seen["request_queue_time_seconds_sum"] == 1
     assert seen["prefix_cache_queries_total"] == 5
 
 
 def test_prompt_log_probabilities_are_no_queries_of_the_cache(metrics: Metrics) -> None:
-    live(Observer(ModelMetrics(metrics, "llama2")), make_request(5, prompt_logprobs=True))
+    live(Observer(ModelMetrics(metrics, "llama2")), metrics, make_request(5, prompt_logprobs=True))
     assert values(metrics.exposition().decode())["prefix_cache_queries_total"] == 0
 
 
 def test_restarts_are_asked_for_when_they_are_looked_at(metrics: Metrics) -> None:
     restarts = iter((0, 2))
-    ModelMetrics(metrics, "llama2").show_restarts(lambda: next(restarts))
+    ModelMetrics(metrics, "llama2").group(0).show_restarts(lambda: next(restarts))
     assert [values(metrics.exposition().decode())["agent_restarts_total"] for _ in range(2)] == [0, 2]
 
 
@@ -253,7 +254,7 @@ def test_a_request_has_a_span(metrics: Metrics, provider: TracerProvider, export
     observer = Observer(ModelMetrics(metrics, "llama2"), RequestSpans("llama2", provider))
     request = make_request(5, sampling=SamplingParams(temperature=0.5, top_p=0.25, top_k=7))
     request.num_cached_tokens = 4
-    live(observer, request)
+    live(observer, metrics, request)
     [span] = exporter.get_finished_spans()
     assert span.name == "text_completion llama2"
     assert dict(span.attributes or {}) == {
@@ -307,7 +308,7 @@ def test_a_span_belongs_to_the_trace_of_its_caller(
     def handle() -> None:
         with trace.use_span(http):
             join({"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-01"})
-            live(Observer(ModelMetrics(metrics, "llama2"), RequestSpans("llama2", provider)), make_request(1))
+            live(Observer(ModelMetrics(metrics, "llama2"), RequestSpans("llama2", provider)), metrics, make_request(1))
 
     contextvars.copy_context().run(handle)
     [span] = exporter.get_finished_spans()

@@ -153,7 +153,8 @@ def test_the_status_says_what_the_metrics_say(client: httpx.Client) -> None:
     assert model["preemptions"] == gauge(client, "num_preemptions_total")
     [agent] = model["agents"]
     assert re.fullmatch(r"127\.0\.0\.1:\d+", agent["address"])
-    assert agent["connected"] is True
+    assert (agent["connected"], agent["group"]) == (True, 0)
+    assert model["groups"] == [{"ready": True, "running": 0, "waiting": 0, "cache_usage": 0.0}]
 
 
 def test_the_status_shows_the_batch_the_queue_and_the_cache(slow_standin: Serving) -> None:

@@ -13,6 +13,7 @@ from plan_reader import END, VOCAB_SIZE, PlanReader, solo
 
 from agent.protocol import SamplingParams, StepPlan
 from server.block_manager import BlockManager
+from server.dispatcher import Load
 from server.request import FinishReason, GenerationParams, Request, Status
 from server.scheduler import MAX_IN_FLIGHT, MAX_PREEMPTIONS, Scheduler
 from server.step import MAX_PROMPT_LOGITS, Step
@@ -613,3 +614,47 @@ def test_any_load_ends_with_every_answer_right_and_every_block_free(
     if not (accidents or sim.guilty or any(arrival.priority for arrival in plan)):
         orders = [one.order for one in sim.admitted]
         assert orders == sorted(orders), "somebody was overtaken"
+
+
+def test_requests_go_on_in_another_scheduler_where_they_stood() -> None:
+    limits = 4, 16
+    first, second = (
+        Simulation(
+            Scheduler(BlockManager(30, BLOCK_SIZE), max_num_seqs=limits[0], max_num_batched_tokens=limits[1]),
+            PlanReader(30, BLOCK_SIZE),
+        )
+        for _ in range(2)
+    )
+    for number, answers in enumerate((3, 1)):  # a leader with two that share its blocks, and another one
+        first.arrive(number, Arrival(0, 9, 8, False, False, answers, 0, False, None))
+    for _ in range(4):
+        assert first.plan(limits)
+        first.finish("")
+    assert any(one.output_ids for one in first.requests.values())
+    assert first.plan(limits)
+    first.finish("taken")
+    for one in first.policy.unfinished:
+        first.policy.remove(one)
+        second.policy.add(one)
+    first.policy.check_idle()
+    while second.plan(limits):
+        second.finish("")
+    assert all(one.output_ids == solo(one.prompt_ids, one.max_new_tokens) for one in first.requests.values())
+    second.policy.check_idle()
+
+
+def test_the_load_counts_what_is_left_to_compute_and_what_is_known() -> None:
+    policy = Scheduler(BlockManager(30, BLOCK_SIZE), max_num_seqs=1, max_num_batched_tokens=6)
+    first, second, third = (request(3 * BLOCK_SIZE + 1, 2, name=name) for name in "abc")
+    for one in (second, third):
+        one.prompt_ids = first.prompt_ids
+    assert policy.load(first) == Load(num_requests=0, num_tokens=0, num_known_tokens=0)
+    policy.add(first)
+    policy.add(second)
+    tokens = len(first.prompt_ids)
+    assert policy.load(third) == Load(num_requests=2, num_tokens=2 * tokens, num_known_tokens=0)
+    step = policy.schedule()
+    assert step
+    assert policy.load(third) == Load(num_requests=2, num_tokens=2 * tokens - 6, num_known_tokens=0)
+    policy.update(step, [])
+    assert policy.load(third).num_known_tokens == 6 // BLOCK_SIZE * BLOCK_SIZE

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from benchmarks import device, simulate, trace
 from benchmarks.arrivals import Pattern, arrival_times
 from benchmarks.device import Device
-from benchmarks.replay import Limits, Outcome, replay
+from benchmarks.replay import DISPATCHES, Limits, Outcome, replay
 from benchmarks.simulate_report import cell_of
 from benchmarks.trace import Job, Shape
 from benchmarks.workload import lengths
@@ -134,10 +134,18 @@ def test_a_step_takes_the_time_of_its_tokens_its_context_and_its_rows() -> None:
     budget=st.sampled_from([16, 64, 1600]),
     blocks=st.integers(100, 140),
     kinds=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    groups=st.integers(1, 3),
     asked=st.sampled_from([None, 60]),
 )
 def test_nothing_is_lost_and_nothing_is_faster_than_the_device(
-    seed: int, rate: float, seats: int, budget: int, blocks: int, kinds: tuple[bool, bool, bool], asked: int | None
+    seed: int,
+    rate: float,
+    seats: int,
+    budget: int,
+    blocks: int,
+    kinds: tuple[bool, bool, bool],
+    groups: int,
+    asked: int | None,
 ) -> None:
     chunks, mixed, prefix_caching = kinds
     limits = Limits(
@@ -147,6 +155,7 @@ def test_nothing_is_lost_and_nothing_is_faster_than_the_device(
         mixed=mixed,
         prefix_caching=prefix_caching,
         cached_tokens=16 * blocks,
+        data_parallel=groups,
         max_new_tokens=asked,
     )
     jobs = load(40, rate, "bursts" if seed % 2 else "poisson", seed)
@@ -162,7 +171,7 @@ def test_nothing_is_lost_and_nothing_is_faster_than_the_device(
     needed = sum(outcome.job.shape.prompt_tokens + len(outcome.arrivals) - 1 for outcome in outcomes)
     assert totals.computed_tokens >= needed - cached
     assert preempted or totals.computed_tokens == needed - cached + totals.wasted_rows
-    assert totals.busy <= totals.seconds + 1e-9
+    assert totals.busy <= groups * totals.seconds + 1e-9
     assert not (cached and not (chunks and prefix_caching))
 
 
@@ -196,6 +205,30 @@ def test_an_urgent_request_waits_less_and_a_shared_begin_is_computed_once() -> N
     assert [outcome.num_cached_tokens for outcome in outcomes].count(64) >= 14
     apart, _ = replay(jobs, FIXED, replace(LIMITS, prefix_caching=False))
     assert {outcome.num_cached_tokens for outcome in apart} == {0}
+
+
+def test_two_groups_answer_two_requests_as_each_alone() -> None:
+    outcomes, totals = replay([job(0.0, 20, 4), job(0.010, 30, 2)], FIXED, replace(LIMITS, data_parallel=2))
+    assert milliseconds(outcomes) == [[25, 50, 75, 100], [35, 60]]
+    assert (totals.steps, totals.rows, totals.busy) == (6, 6, pytest.approx(0.15))
+
+
+def test_the_rules_of_dispatch_do_what_their_names_say() -> None:
+    # The prefix is known at 25 ms to the group that the first request went to, which has another two requests by then.
+    prefix: dict[str, Any] = {"prefix": "a", "prefix_tokens": 640}
+    jobs = [
+        job(0.0, 650, 4, **prefix),
+        job(0.0, 10, 80),
+        job(1.0, 10, 80),
+        job(1.1, 10, 80),
+        job(1.2, 650, 2, **prefix),
+    ]
+    limits = replace(LIMITS, max_num_batched_tokens=1000, data_parallel=2)
+    known = {}
+    for dispatch in DISPATCHES:
+        outcomes, _ = replay(jobs, FIXED, replace(limits, dispatch=dispatch))
+        known[dispatch] = outcomes[-1].num_cached_tokens
+    assert known == {"prefix_aware": 640, "least_loaded": 0, "round_robin": 640}
 
 
 @pytest.mark.parametrize("name", device.presets())
@@ -312,6 +345,7 @@ def test_a_trace_is_replayed_as_it_came(tmp_path: Path, capsys: pytest.CaptureFi
         (["--sweep", "seats=3"], "'seats' is none of max_num_seqs"),
         (["--sweep", "max_num_seqs=0"], "max_num_seqs: 0 is not above 0"),
         (["--sweep", "mixed=maybe"], "neither true nor false"),
+        (["--sweep", "dispatch=random"], "'random' is none of prefix_aware, least_loaded, round_robin"),
         (["--rate", "0"], "not above 0"),
         (["--device", "tpu"], "presets are"),
         (["--input-tokens", "many"], "no distribution"),

@@ -3,130 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from serving_processes import ROOT, standin_deployment
+from scripted_agent import HELLO, ScriptedAgent, letters, run
 
-from agent.protocol import (
-    GREETING,
-    HEADER,
-    Attach,
-    Channel,
-    Heartbeat,
-    Hello,
-    Message,
-    Replaced,
-    StepError,
-    StepOutput,
-    StepPlan,
-    ints,
-    pack_ints,
-)
-from config.manifest import read_manifest
-from config.serving_config import load
-from config.silence import BEAT_SECONDS
+from agent.protocol import Message, Replaced, StepError, StepOutput, StepPlan
 from server.errors import GenerationFailed, NotServing
 from server.llm_server import LLMServer
 from server.request import GenerationParams
 from server.request_stream import Increment
 from server.scheduler import Scheduler
-
-SECRET = b"a secret of thirty-two bytes ..."
-MANIFEST = read_manifest(ROOT / "config/standin")
-HELLO = Hello(
-    model=MANIFEST.name,
-    target=MANIFEST.target,
-    rank=0,
-    world_size=1,
-    manifest_digest=MANIFEST.digest(),
-    num_blocks=100,
-    block_size=MANIFEST.block_size,
-    vocab_size=MANIFEST.vocab_size,
-    context_length=MANIFEST.context_length,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    capabilities=MANIFEST.capabilities,
-    cache_dtype="int32",
-    pid=os.getpid(),
-)
-
-
-def letters(plan: StepPlan) -> StepOutput:
-    """A right answer: the letter a for every row."""
-    return StepOutput(step_id=plan.step_id, token_ids=pack_ints([ord("a")] * ints(plan.sampled_rows).size))
-
-
-@dataclass
-class ScriptedAgent:
-    """Greets with ``hellos`` (the last one again and again) and answers plans with ``replies``, then rightly.
-
-    A reply of None closes the connection.
-    """
-
-    hellos: list[Hello] = field(default_factory=lambda: [HELLO])
-    replies: list[Callable[[StepPlan], Message | None]] = field(default_factory=list)
-    connections: int = 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        channel = Channel(SECRET, "agent")
-        self.connections += 1
-        hello = self.hellos.pop(0) if len(self.hellos) > 1 else self.hellos[0]
-
-        async def receive() -> Message:
-            header = await reader.readexactly(HEADER.size)
-            return channel.unseal(header, await reader.readexactly(channel.payload_size(header)))
-
-        async def beat() -> None:
-            while True:
-                await asyncio.sleep(BEAT_SECONDS)
-                writer.write(channel.seal(Heartbeat()))
-
-        beating: asyncio.Task[None] | None = None
-        try:
-            writer.write(channel.greeting)
-            channel.agree(await reader.readexactly(GREETING.size))
-            assert isinstance(await receive(), Attach)
-            writer.write(channel.seal(hello))
-            beating = asyncio.create_task(beat())
-            while True:
-                plan = await receive()
-                assert isinstance(plan, StepPlan)
-                reply = (self.replies.pop(0) if self.replies else letters)(plan)
-                if reply is None:
-                    return
-                writer.write(channel.seal(reply))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return  # the server has gone
-        finally:
-            if beating:
-                beating.cancel()
-            writer.close()
-
-
-def run(folder: Path, agent: ScriptedAgent, main: Callable[[LLMServer], Awaitable[None]]) -> None:
-    async def whole() -> None:
-        listener = await asyncio.start_server(agent.serve, "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
-        secret = folder / "secret"
-        secret.write_bytes(SECRET)
-        secret.chmod(0o600)
-        deployment = standin_deployment(folder, [{"agent_ports": [port], "secret_file": str(secret)}])
-        config = load(deployment.config_path)
-        server = LLMServer(config.models[0], config)
-        try:
-            await server.start()
-            await main(server)
-        finally:
-            await server.stop()
-            listener.close()
-            await listener.wait_closed()
-
-    asyncio.run(whole())
 
 
 async def generate(server: LLMServer) -> Increment:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
+from statistics import fmean
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -15,8 +17,9 @@ from client.routes.event_stream import event_stream
 from client.routes.legacy_formats import PING_SECONDS, event
 from client.routes.served import Served
 from client.schemas.legacy import LegacyEvent
-from client.schemas.status import AgentStatus, ModelStatus, ServingStatus
+from client.schemas.status import AgentStatus, GroupStatus, ModelStatus, ServingStatus
 from config.version import __version__
+from server.replica import Replica
 
 router = APIRouter(tags=["operations"])
 
@@ -59,7 +62,10 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready", responses=documented(503))
 @router.get("/health", responses=documented(503))
 async def ready(deployment: Served) -> dict[str, str]:
-    """Every agent of every model has answered a step lately, and the server is not shutting down."""
+    """Every agent of every model has answered a step lately, and the server is not shutting down.
+
+    Where a model has several groups of agents, those of one are enough.
+    """
     deployment.check_ready()
     return {"status": "ready"}
 
@@ -73,22 +79,35 @@ async def metrics(deployment: Served) -> Response:
 
 
 def _status(model: ServedModel, deployment: Deployment) -> ModelStatus:
-    values = deployment.metrics.values(model.server.name)
+    server = model.server
+    groups = [_group_status(replica) for replica in server.replicas]
+    count = partial(deployment.metrics.total, model_name=server.name)
     return ModelStatus(
         names=list(model.config.names),
         ready=model.ready,
-        context_length=model.server.max_model_len,
-        max_running=deployment.config.limits.max_num_seqs,
-        running=int(values["num_requests_running"]),
-        waiting=int(values["num_requests_waiting"]),
-        cache_usage=values["kv_cache_usage_perc"],
-        prompt_tokens=int(values["prompt_tokens"]),
-        generation_tokens=int(values["generation_tokens"]),
-        preemptions=int(values["num_preemptions"]),
+        context_length=server.max_model_len,
+        max_running=deployment.config.limits.max_num_seqs * len(groups),
+        running=sum(group.running for group in groups),
+        waiting=sum(group.waiting for group in groups),
+        cache_usage=fmean(group.cache_usage for group in groups),
+        prompt_tokens=int(count("prompt_tokens")),
+        generation_tokens=int(count("generation_tokens")),
+        preemptions=int(count("num_preemptions")),
         agents=[
-            AgentStatus(address=address, connected=connected)
-            for address, connected in model.server.agent_connections.items()
+            AgentStatus(address=address, connected=connected, group=number)
+            for number, replica in enumerate(server.replicas)
+            for address, connected in replica.agents.connections.items()
         ],
+        groups=groups,
+    )
+
+
+def _group_status(replica: Replica) -> GroupStatus:
+    return GroupStatus(
+        ready=replica.ready,
+        running=replica.num_running,
+        waiting=replica.num_waiting,
+        cache_usage=replica.cache_usage,
     )
 
 

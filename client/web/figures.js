@@ -75,7 +75,7 @@ class ModelFigures {
       ...fact("status.context", number(model.context_length)),
       ...fact("status.preemptions", number(model.preemptions)),
     );
-    this.agents.replaceChildren(...model.agents.map((agent) => agentLine(agent, model.ready)));
+    this.agents.replaceChildren(...model.agents.map((agent) => agentLine(agent, model.groups[agent.group].ready)));
   }
 }
 
