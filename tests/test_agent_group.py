@@ -11,7 +11,10 @@ import msgspec
 import psutil
 import pytest
 from serving_processes import Serving, free_ports, standin_deployment
+from step_plans import Sequenced
+from step_plans import make_plan as step_of
 
+from agent.arithmetic_model import BEGIN
 from agent.protocol import StepPlan, pack_ints
 from config.manifest import Manifest, read_manifest
 from config.serving_config import LimitsConfig, ServingConfig, load
@@ -79,6 +82,40 @@ def test_a_plan_that_cannot_be_run_names_the_agent_and_leaves_it_serving(deploym
             await agents.receive(bad)
         agents.send(make_probe())
         await agents.receive(make_probe())
+        await agents.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def differing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Two ranks that get different tokens for a prompt with a ``~``."""
+    model = {"agent_ports": free_ports(RANKS), "standin_faults": {"~": "differ"}}
+    deployment = standin_deployment(tmp_path_factory.mktemp("differing"), [model])
+    deployment.start_agents()
+    yield deployment
+    deployment.stop()
+
+
+def test_ranks_that_differ_are_lost_and_named(differing: Serving) -> None:
+    async def main() -> None:
+        config = load(differing.config_path)
+        agents = group(config)
+        await agents.connect()
+        for prompt in ("a-b", "a~b"):
+            request = Sequenced(0, [BEGIN, *prompt.encode()], [1])
+            plan = step_of([request.row()], resets=[request.reset()])
+            agents.send(plan)
+            if "~" in prompt:
+                port = config.models[0].agent_ports[1]
+                with pytest.raises(
+                    AgentsLost, match=rf"rank 1 \(the agent at .*:{port}\) differs from rank 0 in step 1"
+                ):
+                    await agents.receive(plan)
+            else:
+                await agents.receive(plan)
+        assert not agents.connected
+        await agents.connect()  # they serve on, and what they had in common is made anew
         await agents.close()
 
     asyncio.run(main())

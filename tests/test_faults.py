@@ -96,7 +96,7 @@ def test_readiness_while_the_agent_is_away(faulty: Faulty) -> None:
     eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
     assert faulty.agent().pid != before
     assert faulty.gauge("agent_restarts_total") >= 1
-    assert "was ended by SIGKILL after no sign of life for 5 s; starting its model again" in faulty.agents.output
+    assert "was ended by SIGKILL after no sign of life for 5 s; starting llama2, internlm again" in faulty.agents.output
 
 
 def test_the_next_app_finds_the_agents(faulty: Faulty, undisturbed: list[str]) -> None:
