@@ -71,9 +71,9 @@ class ModelRunner:
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
-        self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         if self.manifest.world_size > 1:
             collective.join(self.manifest.target)
+        self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         prefill, decode = load_graphs(folder / own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
         self._peers = open_peers(folder / own, self.manifest, rank) if self.manifest.world_size > 1 else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from agent.child_process import ChildProcess, spawn
 
 HOST = "127.0.0.1"  # ranks on several hosts are not a thing that the launcher can start
-JOIN_SECONDS = 120  # for all ranks to be there: each has to import MindSpore first, on a machine that may be busy
+JOIN_SECONDS = 600  # for all ranks to be there; each checks its files first, and one that ends is noticed at once
 # A rank that waits for another must not give up before the launcher, the deadline of a step or the operator does so
 COLLECTIVE_SECONDS = 3600
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -11,7 +13,7 @@ import psutil
 import pytest
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from golden_text import Answer, agreement, ask, ask_together, metric
-from serving_processes import Serving, eventually, free_ports, serving
+from serving_processes import STOP_SECONDS, Serving, eventually, free_ports, serving
 
 from config.manifest import read_manifest
 from kernels import library
@@ -122,3 +124,48 @@ def agents_of(deployment: Serving) -> list[psutil.Process]:
     """The processes of its agents."""
     assert deployment.agents is not None
     return [process for process in deployment.agents.children() if process.cmdline()[-2:] == ["-m", "agent"]]
+
+
+def member(deployment: Serving, name: str) -> psutil.Process:
+    """The process of a rank by its number, or the ``rendezvous``."""
+    assert deployment.agents is not None
+    roles = [(process, process.environ()) for process in deployment.agents.children()]
+    [found] = [
+        process
+        for process, role in roles
+        if name == role.get("MS_NODE_ID") or (name == "rendezvous" and role.get("MS_ROLE") == "MS_SCHED")
+    ]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("1", signal.SIGKILL), ("0", signal.SIGKILL), ("rendezvous", signal.SIGKILL), ("1", signal.SIGSTOP)],
+    ids=["rank 1 is killed", "rank 0 is killed", "the rendezvous is killed", "rank 1 is stopped"],
+)
+def test_a_lost_process_is_a_pause(deployment: Serving, name: str, number: signal.Signals) -> None:
+    """All processes of the group are started again, and no text changes."""
+    everyone = {member(deployment, one).pid for one in ("0", "1", "rendezvous")}
+    prompts = PROMPTS[:6]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        asked = [threads.submit(ask, deployment.client(), prompt) for prompt in prompts]
+        eventually(lambda: metric(deployment, "num_requests_running") == len(prompts))
+        member(deployment, name).send_signal(number)
+        check([answer.result() for answer in asked])
+    assert everyone.isdisjoint(member(deployment, one).pid for one in ("0", "1", "rendezvous"))
+    eventually(lambda: metric(deployment, "kv_cache_usage_perc") == 0)
+    assert deployment.client().get("/health/ready").status_code == 200
+
+
+@pytest.mark.slow
+def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
+    """Killed in the middle of steps, with ranks that wait for each other."""
+    body = {"inputs": PROMPTS[2], "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
+    with deployed(RANKS, tmp_path, "128MiB") as started:
+        assert started.agents is not None
+        children = started.agents.children()
+        with started.client().stream("POST", "/models/llama2/generate_stream", json=body) as response:
+            next(response.iter_raw())
+            started.agents.send(signal.SIGKILL)
+            assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
