@@ -14,8 +14,11 @@ from agent.child_process import ChildProcess, spawn
 
 HOST = "127.0.0.1"  # ranks on several hosts are not a thing that the launcher can start
 JOIN_SECONDS = 600  # for all ranks to be there; each checks its files first, and one that ends is noticed at once
-# A rank that waits for another must not give up before the launcher, the deadline of a step or the operator does so
-COLLECTIVE_SECONDS = 3600
+# The launcher, which is faster, and the deadline of a step watch over all of them; MindSpore is not to do it once more:
+# not when it hears nothing of a rank or the scheduler, nor where a rank waits for another. (With its heartbeats off
+# altogether, MS_DISABLE_HEARTBEAT, version 2.10 was once seen to crash while a rank joined.)
+PATIENT = ("MS_NODE_TIMEOUT", "MS_HEARTBEAT_RETRY_TIMEOUT", "MS_CPU_COMM_OP_TIMEOUT")
+PATIENCE_SECONDS = 3600
 
 
 class Rendezvous(ChildProcess):
@@ -52,8 +55,7 @@ def shared_environment(world_size: int, port: int) -> dict[str, str]:
         "MS_TOPO_TIMEOUT": str(JOIN_SECONDS),
         "MS_RETRY_INTERVAL_LOWER": "1",  # seconds between two attempts to reach it, 3 to 5 otherwise
         "MS_RETRY_INTERVAL_UPPER": "1",
-        "MS_DISABLE_HEARTBEAT": "1",  # the launcher watches over all of them, and faster
-        "MS_CPU_COMM_OP_TIMEOUT": str(COLLECTIVE_SECONDS),
+        **dict.fromkeys(PATIENT, str(PATIENCE_SECONDS)),
     }
 
 
