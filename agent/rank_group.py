@@ -38,10 +38,10 @@ class RankGroup:
             StartError: one of them is not going to be.
         """
         self._ranks, self._rendezvous = [], []
-        one = self._settings[0]
-        if len(self._settings) > 1 and one.model.target != "standin":  # whose every rank computes the whole rule
-            log = Path(one.config.logging.folder) / f"rendezvous-{one.port}.stderr"
-            self._rendezvous = [await Rendezvous.start(self.name, len(self._settings), log)]
+        rank_0, world_size = self._settings[0], len(self._settings)
+        if world_size > 1 and rank_0.model.target != "standin":  # whose every rank computes the whole rule
+            log = Path(rank_0.config.logging.folder) / f"rendezvous-{rank_0.port}.stderr"
+            self._rendezvous = [await Rendezvous.start(self.name, world_size, log)]
         for settings in self._settings:
             environment = self._rendezvous[0].environment(settings.rank) if self._rendezvous else {}
             self._ranks.append(await AgentProcess.start(settings, environment))

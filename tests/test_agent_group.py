@@ -26,7 +26,7 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Two ranks of the stand-in; each computes the whole model."""
+    """Two ranks of the stand-in; each computes the whole model, and they differ on a prompt with a ``~``."""
     folder = tmp_path_factory.mktemp("group")
     config = two_ranks(folder)
     config.start_agents()
@@ -35,7 +35,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def two_ranks(folder: Path) -> Serving:
-    return standin_deployment(folder, [{"agent_ports": free_ports(RANKS)}])
+    return standin_deployment(folder, [{"agent_ports": free_ports(RANKS), "standin_faults": {"~": "differ"}}])
 
 
 def group(
@@ -87,33 +87,20 @@ def test_a_plan_that_cannot_be_run_names_the_agent_and_leaves_it_serving(deploym
     asyncio.run(main())
 
 
-@pytest.fixture(scope="module")
-def differing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Two ranks that get different tokens for a prompt with a ``~``."""
-    model = {"agent_ports": free_ports(RANKS), "standin_faults": {"~": "differ"}}
-    deployment = standin_deployment(tmp_path_factory.mktemp("differing"), [model])
-    deployment.start_agents()
-    yield deployment
-    deployment.stop()
-
-
-def test_ranks_that_differ_are_lost_and_named(differing: Serving) -> None:
+def test_ranks_that_differ_are_lost_and_named(deployment: Serving) -> None:
     async def main() -> None:
-        config = load(differing.config_path)
+        config = load(deployment.config_path)
         agents = group(config)
         await agents.connect()
-        for prompt in ("a-b", "a~b"):
-            request = Sequenced(0, [BEGIN, *prompt.encode()], [1])
-            plan = step_of([request.row()], resets=[request.reset()])
-            agents.send(plan)
-            if "~" in prompt:
-                port = config.models[0].agent_ports[1]
-                with pytest.raises(
-                    AgentsLost, match=rf"rank 1 \(the agent at .*:{port}\) differs from rank 0 in step 1"
-                ):
-                    await agents.receive(plan)
-            else:
-                await agents.receive(plan)
+        same, different = (Sequenced(0, [BEGIN, *prompt], [1]) for prompt in (b"a-b", b"a~b"))
+        plan = step_of([same.row()], resets=[same.reset()])
+        agents.send(plan)
+        await agents.receive(plan)
+        plan = step_of([different.row()], resets=[different.reset()], step_id=2)
+        agents.send(plan)
+        port = config.models[0].agent_ports[1]
+        with pytest.raises(AgentsLost, match=rf"rank 1 \(the agent at .*:{port}\) differs from rank 0 in step 2"):
+            await agents.receive(plan)
         assert not agents.connected
         await agents.connect()  # they serve on, and what they had in common is made anew
         await agents.close()

@@ -20,6 +20,8 @@ from serving_processes import ROOT
 from agent import rendezvous
 from agent.rendezvous import Rendezvous, free_port, shared_environment
 
+pytestmark = pytest.mark.slow  # test_tensor_parallel.py has ranks that meet, among the others
+
 RANKS = 2
 SECONDS = 120.0  # a busy machine takes half a minute to import MindSpore
 GROUP = "mccl_world_group"  # an export needs no group, only its name
@@ -92,7 +94,6 @@ def test_ranks_meet_and_compute_together(graph: Path, tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), SECONDS))
 
 
-@pytest.mark.slow
 def test_a_rank_that_waits_for_the_others_too_long_says_so(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +113,6 @@ def test_a_rank_that_waits_for_the_others_too_long_says_so(
     asyncio.run(asyncio.wait_for(main(), SECONDS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("member", ["rendezvous", "rank"])
 def test_who_waits_for_ranks_ends_when_the_launcher_is_gone(graph: Path, tmp_path: Path, member: str) -> None:
     """Inside MindSpore, where no other thread runs; what it sees of a launcher is the pipe that closes."""
