@@ -11,11 +11,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from agent_client import attached
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from golden_text import Answer, agreement, ask, ask_together, metric
 from serving_processes import STOP_SECONDS, Serving, eventually, free_ports, serving
+from step_plans import Sequenced, make_plan
 
+from agent.protocol import StepError
 from config.manifest import read_manifest
+from config.serving_config import load
 from kernels import library
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long")
@@ -169,3 +173,24 @@ def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
             next(response.iter_raw())
             started.agents.send(signal.SIGKILL)
             assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
+
+
+@pytest.mark.slow
+def test_ranks_that_are_sent_different_steps_start_anew(deployment: Serving) -> None:
+    """As when the app dies between sending a plan to one rank and to the next. It is dead for the tests that follow."""
+    assert deployment.app is not None
+    assert deployment.agents is not None
+    deployment.app.send(signal.SIGKILL)
+    deployment.app.wait()
+    config = load(deployment.config_path)
+    model = config.models[0]
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(attached(port, config.secret_path(model))) for port in model.agent_ports]
+        for rank, client in enumerate(ranks):
+            request = Sequenced(0, [1, 2, 3 + rank], [1])
+            client.send(make_plan([request.row()], resets=[request.reset()]))
+        for client in ranks:
+            answer = client.receive()
+            assert isinstance(answer, StepError)
+            assert "were sent different steps" in answer.message
+    deployment.agents.wait_for("exited with code 1; starting llama2, internlm again")
