@@ -14,7 +14,7 @@ from agent.tasks import first, together
 from config.serving_config import ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
-LAST_SECONDS = 2.0  # the same once a rank has ended: no step of the others can count any more
+LAST_SECONDS = 2.0  # the same once one has ended: no step of the others can count any more
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,14 @@ class RankGroup:
     async def stop(self) -> None:
         """Ask the ranks to end, make those that do not, and wait for all; none is left, even if this is cancelled."""
         ends = [asyncio.create_task(rank.stop(GRACE_SECONDS)) for rank in self._ranks]
+        lost = [asyncio.create_task(rendezvous.ended()) for rendezvous in self._rendezvous]  # a rank cannot leave then
         try:
             if ends:
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([*ends, *lost], return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.wait(ends, timeout=LAST_SECONDS)
         finally:
             self.kill()
-            await asyncio.gather(*ends, *(rendezvous.ended() for rendezvous in self._rendezvous))
+            await asyncio.gather(*ends, *lost)
 
     def kill(self) -> None:
         """End all processes at once."""
