@@ -12,6 +12,7 @@ from agent.agent import Agent
 from agent.heartbeat import TimedRunner, start_heartbeat
 from agent.lifeline import AgentSettings, Ready, Report, exit_with_launcher, read_settings
 from agent.listener import Listener
+from agent.placement import host_device, place
 from agent.runner import RunnerBroken, open_runner
 from config.log_file import log_to_file
 from config.secret_file import read_secret
@@ -47,8 +48,11 @@ def _load(settings: AgentSettings) -> tuple[TimedRunner, Agent]:
     model = settings.model
     logger.info("loading rank %d of %s", settings.rank, model.path)
     limits = settings.config.limits
-    runner = TimedRunner(open_runner(model, settings.rank), limits)
-    agent = Agent(runner, limits, rank=settings.rank, world_size=len(model.agent_ports))
+    where = place(settings)
+    if model.target == "ascend":
+        logger.info("device %d, which the host numbers %d", where.device, host_device(where.device))
+    runner = TimedRunner(open_runner(model, where), limits)
+    agent = Agent(runner, limits, rank=where.rank, world_size=where.world_size)
     agent.warm_up()
     return runner, agent
 

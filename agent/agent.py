@@ -17,6 +17,7 @@ from agent.protocol import Hello, StepError, StepOutput, StepPlan, pack_floats, 
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
 from agent.step_batch import PlanError, StepBatch, StepSampling, StepShapes
+from agent.step_digest import step_digest
 from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 
@@ -119,6 +120,8 @@ class Agent:
             if latest.min() < 0:
                 raise PlanError("token_ids: a row's latest token is asked for, and its seat has got none")
             batch.token_ids[sampling.latest_places] = latest
+        digest = step_digest(plan.step_id, batch, sampling)
+        self._runner.agree(digest.digest())
         if sampling.block_copies.size:
             self._runner.copy_blocks(sampling.block_copies)
         started = time.perf_counter()
@@ -127,6 +130,7 @@ class Agent:
         device_seconds = time.perf_counter() - started
         sampled, known = logits[: sampling.seats.size], logits[sampling.seats.size :]
         token_ids = self._sampler.sample(sampled, sampling.seats)
+        digest.update(pack_ints(token_ids))
         logprobs, top_ids, top_values = self._sampler.logprobs(sampled, sampling.seats, token_ids)
         places = np.arange(len(known))
         prompt_logprobs, prompt_top_ids, prompt_top_values = token_logprobs(
@@ -135,6 +139,7 @@ class Agent:
         return StepOutput(
             step_id=plan.step_id,
             token_ids=pack_ints(token_ids),
+            digest=digest.digest(),
             failed_rows=pack_ints(self._sampler.failed(sampling.seats)),
             logprobs=pack_floats(logprobs),
             top_ids=pack_ints(top_ids),

@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
-import signal
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from agent.child_process import ChildProcess, StartError, spawn
 from agent.lifeline import AgentSettings, Failed, Ready
 from config.silence import Silence
 
-logger = logging.getLogger(__name__)
-
 SILENCE_SECONDS = 5.0  # of a ready agent, before it is taken to be stuck: stopped, or inside native code for ever
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-class StartError(Exception):
-    """An agent ended before it was ready; the message says why."""
-
-
-class AgentProcess:
-    """A started agent. Nothing of it outlives the launcher, see ``agent.lifeline``."""
+class AgentProcess(ChildProcess):
+    """A started agent."""
 
     def __init__(self, settings: AgentSettings, process: asyncio.subprocess.Process) -> None:
-        self._settings = settings
-        self._process = process
+        super().__init__(f"agent {settings.address}", process)
+        self._errors = errors_file(settings)
 
     @classmethod
-    async def start(cls, settings: AgentSettings) -> AgentProcess:
-        """Start the process and tell it who it is.
+    async def start(cls, settings: AgentSettings, environment: Mapping[str, str]) -> AgentProcess:
+        """Start the process and tell it who it is; ``environment`` goes on top of ours.
 
         Raises:
             StartError: the system does not give us another process.
         """
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        try:
-            with errors_file(settings).open("wb") as errors:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "agent"),
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=errors,
-                    env={**os.environ, "PYTHONPATH": path},
-                    start_new_session=True,  # Ctrl-C is for the launcher, which tells the agents
-                )
-        except OSError as error:
-            raise StartError(f"agent {settings.model.agent_host}:{settings.port} cannot be started: {error}") from None
+        process = await spawn(f"agent {settings.address}", "agent", errors_file(settings), environment)
         assert process.stdin
         process.stdin.write(msgspec.json.encode(settings) + b"\n")
         return cls(settings, process)
-
-    @property
-    def address(self) -> str:
-        return f"{self._settings.model.agent_host}:{self._settings.port}"
 
     async def ready(self) -> Ready:
         """Wait until the agent listens.
@@ -72,14 +45,8 @@ class AgentProcess:
         report = msgspec.json.decode(line, type=Ready | Failed) if line else None  # None: it died without a word
         if isinstance(report, Ready):
             return report
-        reason = report.reason if report else f"see {errors_file(self._settings)}"
+        reason = report.reason if report else f"see {self._errors}"
         raise StartError(f"{await self.ended()}, cannot start: {reason}")
-
-    async def ended(self) -> str:
-        """Wait until the process has ended, and say how."""
-        code = await self._process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return f"agent {self.address} {how}"
 
     async def life(self) -> str:
         """Wait until a ready agent has ended, and say how; one that gives no sign of life is ended."""
@@ -101,24 +68,6 @@ class AgentProcess:
         assert self._process.stdout
         while await self._process.stdout.read(4096):
             silence.broken()
-
-    async def stop(self, grace_seconds: float) -> None:
-        """Ask the process to end, make it end after ``grace_seconds``, and wait for it."""
-        self._signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(self._process.wait(), grace_seconds)
-        except asyncio.TimeoutError:
-            logger.error("agent %s does not stop", self.address)
-            self.kill()
-        logger.info("%s", await self.ended())
-
-    def kill(self) -> None:
-        """End the process at once."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            self._process.send_signal(number)
 
 
 def errors_file(settings: AgentSettings) -> Path:

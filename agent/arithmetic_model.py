@@ -21,7 +21,8 @@ and reads all tokens of a row back through its block table. An entry holds the t
 another position, or never, makes the next token ``#``, which is not in the alphabet.
 
 To try what the server does when a model fails, a deployment may name texts that a step does not bear in prompt or
-answer of one of its rows (``standin_faults``): the step raises, the process crashes in it, or it never ends.
+answer of one of its rows (``standin_faults``): the step raises, the process crashes in it, it never ends, or its tokens
+differ from rank to rank.
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ class ArithmeticModel:
         cache_bytes: int,
         step_seconds: float = 0.0,
         faults: Mapping[str, StandinFault] | None = None,
+        rank: int = 0,
     ) -> None:
         """Read the model's folder; ``step_seconds`` is the least time of a step, that of the device it stands for.
 
-        ``faults`` says what a text in a row's tokens does to every step that the row takes part in.
+        ``faults`` says what a text in a row's tokens does to every step that the row takes part in. ``rank`` matters
+        to the fault ``differ`` only: every rank computes the whole rule.
 
         Raises:
             ManifestError: the folder does not hold what ``write_model`` wrote.
@@ -98,6 +101,7 @@ class ArithmeticModel:
         self.num_blocks = cache_bytes // self.manifest.cache_block_bytes(self.cache_dtype)
         self._step_seconds = step_seconds
         self._faults = {_searchable(text.encode()): fault for text, fault in (faults or {}).items()}
+        self._rank = rank
         self._cache = np.zeros((self.num_blocks, block_size, 2), np.int32)  # token id, position + 1
         self._logits = _logits_table(self.manifest.vocab_size)
 
@@ -113,9 +117,9 @@ class ArithmeticModel:
         end = time.monotonic() + self._step_seconds
         self._write(batch)
         tokens, positions = self._read(batch)
-        if self._faults:
-            self._fail(tokens, batch.context_lens)
         following = _next_tokens(tokens, positions, *_prefixes(batch))
+        if self._faults and self._fault(tokens, batch.context_lens) == "differ":
+            following = (following + self._rank) % self.manifest.vocab_size
         logits = Logits.of(self._logits[following])
         if (left := end - time.monotonic()) > 0:
             time.sleep(left)  # stands for the device, which would be computing
@@ -134,8 +138,8 @@ class ArithmeticModel:
         entries = self._cache[tables].reshape(len(tables), -1, 2)[:, :longest]
         return entries[..., 0], entries[..., 1]
 
-    def _fail(self, tokens: Ints, lengths: Ints) -> None:
-        """Do what the faults say, if a row holds one of their texts.
+    def _fault(self, tokens: Ints, lengths: Ints) -> StandinFault | None:
+        """The fault whose text a row holds, if one does; this is where it happens, but for ``differ``.
 
         Raises:
             RuntimeError: that is to raise.
@@ -148,6 +152,7 @@ class ArithmeticModel:
             os.abort()
         if fault == "hang":
             threading.Event().wait()
+        return fault
 
 
 def _searchable(tokens: bytes | Ints) -> str:

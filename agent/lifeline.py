@@ -8,10 +8,13 @@ listens, or why it cannot. Once it listens, each further byte is a sign of life.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 import msgspec
@@ -27,6 +30,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
 
     config: ServingConfig
     model_index: int
+    group: int
     rank: int
 
     @property
@@ -34,8 +38,16 @@ class AgentSettings(msgspec.Struct, frozen=True):
         return self.config.models[self.model_index]
 
     @property
+    def world_size(self) -> int:
+        return len(self.model.groups[self.group])
+
+    @property
     def port(self) -> int:
-        return self.model.agent_ports[self.rank]
+        return self.model.groups[self.group][self.rank]
+
+    @property
+    def address(self) -> str:
+        return f"{self.model.agent_host}:{self.port}"
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -69,6 +81,24 @@ def exit_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+@contextlib.contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """Inside this, the system ends the process at once when the launcher is gone.
+
+    For native code that lets no other thread run, so that ``exit_with_launcher`` could not act: the signal that says
+    that something happened to standard input is left to its default, which is the end.
+    """
+    flags = fcntl.fcntl(0, fcntl.F_GETFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        if select.select([0], [], [], 0)[0]:  # it was gone before we asked for the signal
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+    finally:
+        fcntl.fcntl(0, fcntl.F_SETFL, flags)
 
 
 class Report:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.np_dtype import bfloat16
-from mindspore.communication import init
 from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
+from agent import collective
 from agent.logits import Logits
 from agent.peers import Peers
+from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
@@ -71,9 +71,9 @@ class ModelRunner:
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
-        self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         if self.manifest.world_size > 1:
-            join_collective()
+            collective.join(self.manifest.target)
+        self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         prefill, decode = load_graphs(folder / own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
         self._peers = open_peers(folder / own, self.manifest, rank) if self.manifest.world_size > 1 else None
@@ -211,28 +211,6 @@ def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
     return blocks
 
 
-def physical_cores() -> int:
-    """The CPU cores that this process may use, threads of one core counted once where the system tells."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            package, core = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
-        except OSError:
-            package, core = "", str(cpu)
-        cores.add((package, core))
-    return min(len(cores), cpu_quota())
-
-
-def cpu_quota() -> int:
-    """Cores that a container's CPU time comes to, rounded up; a great many where it is not limited."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group of version 2, or "max"
-        return sys.maxsize
-
-
 def open_library(threads: int) -> library.Library:
     """The C++ operators, built for this machine if they are not yet.
 
@@ -289,11 +267,6 @@ def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:
     return [placeholder(tensor) for tensor in manifest.inputs]
 
 
-def join_collective() -> None:
-    """Meet the other ranks."""
-    init("mccl")
-
-
 def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers:
     """The other ranks, over the graph that gathers."""
     graph = nn.GraphCell(ms.load(str(folder / "gather.mindir")))
@@ -301,7 +274,10 @@ def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers:
     compiled = CompiledGraph(graph)
 
     def gather(own: Floats) -> Floats:
-        gathered: Floats = compiled(Tensor.from_numpy(own)).asnumpy()
+        try:
+            gathered: Floats = compiled(Tensor.from_numpy(own)).asnumpy()
+        except RuntimeError as error:
+            raise RunnerBroken(f"the other ranks are gone: {str(error).strip().splitlines()[0]}") from error
         return gathered
 
     return Peers(gather, rank, manifest.world_size, manifest.vocab_size)

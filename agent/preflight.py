@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent.listener import bind
+from agent.placement import PlacementError, host_device
 from config.manifest import ManifestError, read_manifest
 from config.secret_file import SecretError, read_secret
 from config.serving_config import ModelConfig, ServingConfig
@@ -31,7 +33,8 @@ def check(config: ServingConfig) -> None:
     if not os.access(config.logging.folder, os.W_OK):
         raise LaunchError(f"logging.folder: {config.logging.folder}: not writable")
     for index, model in enumerate(config.models):
-        for key, problem in (*_model_problems(model), *_port_problems(model), *_secret_problems(model)):
+        checks = (_model_problems, _port_problems, _device_problems, _secret_problems)
+        for key, problem in itertools.chain.from_iterable(find(model) for find in checks):
             raise LaunchError(f"models[{index}].{key}: {problem}")
 
 
@@ -43,11 +46,11 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
         return
     if manifest.target != model.target:
         yield "target", f"{model.path} is exported for {manifest.target}, not for {model.target}"
-    ports = len(model.agent_ports)
-    if model.target != "standin" and manifest.world_size != ports:  # each rank of a stand-in computes the whole rule
+    ranks = len(model.groups[0])
+    if model.target != "standin" and manifest.world_size != ranks:  # each rank of a stand-in computes the whole rule
         yield (
             "agent_ports",
-            f"{model.path} is exported for {manifest.world_size} rank(s), so it needs as many, not {ports}",
+            f"{model.path} is exported for {manifest.world_size} rank(s), so each group needs as many, not {ranks}",
         )
     cache_dtype = "int32" if model.target == "standin" else model.cache_dtype
     if model.target != "standin":
@@ -70,6 +73,14 @@ def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
             bind(model.agent_host, port).close()
         except OSError as error:
             yield "agent_ports", f"cannot listen on {model.agent_host}:{port}: {error.strerror}"
+
+
+def _device_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    for device in model.device_ids if model.target == "ascend" else ():
+        try:
+            host_device(device)
+        except PlacementError as error:
+            yield "devices", str(error)
 
 
 def _secret_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:

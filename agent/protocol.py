@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from config.manifest import Capabilities
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"MSLS"
 GREETING = struct.Struct("<4sHxx16s")
 HEADER = struct.Struct("<I16s")
@@ -111,6 +111,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
 
     step_id: int
     token_ids: bytes  # int32 [S]
+    digest: bytes = b""  # of the step that was run and these tokens: the same on all ranks, see agent.step_digest
     failed_rows: bytes = b""  # int32, among the S: their grammars cannot go on, and they got an end token for that
     logprobs: bytes = b""  # float32 [S], NaN where not asked for; empty if no row asked
     top_ids: bytes = b""  # int32 [S, N], best first; N is the most that a row asked for

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agent.logits import Logits
+from agent.placement import Place
 from agent.protocol import Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest
@@ -31,6 +32,8 @@ class Runner(Protocol):
     def agree(self, digest: bytes) -> None:
         """See that all ranks are about to run the same step, which ``digest`` (at least 8 bytes) stands for.
 
+        It waits for the others, and does nothing where no rank computes with another.
+
         Raises:
             RunnerBroken: they are not.
         """
@@ -47,7 +50,7 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(config: ModelConfig, rank: int) -> Runner:
+def open_runner(config: ModelConfig, place: Place) -> Runner:
     """The runner of one rank of a model, ready to run.
 
     Raises:
@@ -62,9 +65,10 @@ def open_runner(config: ModelConfig, rank: int) -> Runner:
             cache_bytes=config.cache_bytes,
             step_seconds=config.step_seconds,
             faults=config.standin_faults,
+            rank=place.rank,
         )
     from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
 
     return ModelRunner(
-        folder, rank, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads
+        folder, place.rank, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=place.threads
     )

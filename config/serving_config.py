@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -22,7 +22,7 @@ from config.server_config import Port, Positive, PositiveSeconds, Seconds, Serve
 Target = Literal["cpu", "ascend", "standin"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
-StandinFault = Literal["raise", "crash", "hang"]
+StandinFault = Literal["raise", "crash", "hang", "differ"]
 
 # A prompt template names one of these, or spells itself out with "{prompt}" in it.
 PROMPT_TEMPLATES = {
@@ -98,7 +98,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     weights: WeightFormat | None = None  # what the export must have; None: any
     cache_memory: str = "1GiB"  # of each agent, for keys and values
     cache_dtype: CacheDtype = "float16"  # half the memory traffic of float32, and its text but for near ties
-    threads: Positive | None = None  # of each agent; None: the physical cores
+    threads: Positive | None = None  # of each agent; None: its share of the physical cores
+    devices: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None  # one for each agent; None: 0, 1, …
     prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
     chat_templates: dict[str, ChatTemplateName] = {}  # by served name; not listed: the exported model's own
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
@@ -110,6 +111,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """The ports of each group of agents, in the order of its ranks."""
         size = len(self.agent_ports) // self.data_parallel
         return tuple(self.agent_ports[first : first + size] for first in range(0, len(self.agent_ports), size))
+
+    @property
+    def device_ids(self) -> tuple[int, ...]:
+        """The device of each agent, in the order of ``agent_ports``."""
+        return tuple(range(len(self.agent_ports))) if self.devices is None else self.devices
 
     @property
     def cache_bytes(self) -> int:
@@ -250,6 +256,7 @@ def _problems(config: ServingConfig) -> Iterator[str]:
     if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", config.metrics.prefix):
         yield f"metrics.prefix: {config.metrics.prefix!r} cannot begin a Prometheus name; use letters, digits, '_', ':'"
     names: dict[str, str] = {}
+    owners: dict[int, str] = {}  # of devices
     addresses = {(config.server.host, config.server.port): "server.port"}
     for i, model in enumerate(config.models):
         yield from _model_problems(f"models[{i}]", model)
@@ -257,6 +264,10 @@ def _problems(config: ServingConfig) -> Iterator[str]:
             if name in names:
                 yield f"models[{i}].names: {name} is served by {names[name]} already"
             names[name] = f"models[{i}]"
+        for device in model.device_ids if model.target == "ascend" else ():
+            if device in owners:
+                yield f"models[{i}].devices: device {device} has an agent of {owners[device]} already; list others"
+            owners[device] = f"models[{i}]"
         for port in model.agent_ports:
             owner = addresses.setdefault((model.agent_host, port), f"models[{i}].agent_ports")
             if owner != f"models[{i}].agent_ports" or model.agent_ports.count(port) > 1:
@@ -297,6 +308,11 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.standin_faults: an empty text would be in every prompt"
     if model.cache_dtype != "float16" and model.target == "standin":
         yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
+    if model.devices is not None and model.target != "ascend":
+        yield f"{key}.devices: only models with target ascend have devices"
+    elif len(model.device_ids) != len(model.agent_ports):
+        devices, agents = len(model.device_ids), len(model.agent_ports)
+        yield f"{key}.devices: {devices} devices are not one for each of {agents} agents"
     if model.weights is not None and model.target == "standin":
         yield f"{key}.weights: the stand-in model has none"
     if model.threads is not None and model.target == "standin":

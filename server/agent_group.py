@@ -145,8 +145,8 @@ class AgentGroup:
 
         Raises:
             StepFailed: a rank could not run the plan.
-            AgentsLost: a connection broke, an agent is silent or its step overdue, or (``AgentsTaken``) another server
-                has an agent. All are closed then.
+            AgentsLost: a connection broke, an agent is silent or its step overdue, a rank says that it ran another step
+                than rank 0 or got other tokens, or (``AgentsTaken``) another server has an agent. All are closed then.
         """
         if not self._ready:
             raise AgentsLost("there is no connection to the agents")
@@ -161,13 +161,18 @@ class AgentGroup:
         finally:
             deadline.cancel()
         outputs: list[StepOutput] = []
-        for agent, answer in zip(ranks, answers, strict=True):
+        for rank, (agent, answer) in enumerate(zip(ranks, answers, strict=True)):
             if isinstance(answer, StepError):
                 raise StepFailed(f"the agent at {agent.address}: {answer.message}")
             if not isinstance(answer, StepOutput) or answer.step_id != plan.step_id:
                 await self.close()
                 raise AgentsLost(f"the agent at {agent.address} does not answer the plan that it was sent")
             outputs.append(answer)
+            if answer.digest != outputs[0].digest:
+                await self.close()
+                raise AgentsLost(
+                    f"rank {rank} (the agent at {agent.address}) differs from rank 0 in step {plan.step_id}"
+                )
         return outputs[0]
 
     def _give_up(self, plan: StepPlan) -> None:

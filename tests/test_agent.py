@@ -297,6 +297,35 @@ def test_it_finishes_its_step_when_told_to_stop() -> None:
     assert not serving.is_alive()
 
 
+class DisagreeingModel(ArithmeticModel):
+    """One rank of several, as if another were given another step at the third."""
+
+    def __init__(self) -> None:
+        super().__init__(FOLDER, cache_bytes=1 << 16)
+        self.digests: list[bytes] = []
+
+    def agree(self, digest: bytes) -> None:
+        self.digests.append(digest)
+        if len(self.digests) == 3:
+            raise RunnerBroken("rank 1 runs another step")
+
+
+def test_ranks_agree_on_a_step_with_the_latest_tokens_before_they_run_it() -> None:
+    model, other = DisagreeingModel(), DisagreeingModel()
+    agents = [Agent(runner, LimitsConfig(), rank=rank, world_size=2) for rank, runner in enumerate((model, other))]
+    request, another = prompt("hi"), prompt("ho")
+    latest = make_plan([PlanRow(0, [LATEST_TOKEN], 3, request.blocks)], step_id=2)
+    for agent, started in zip(agents, (request, another), strict=True):
+        assert isinstance(agent.answer(make_plan([started.row()], resets=[started.reset()])), StepOutput)
+    one, two = (agent.answer(latest) for agent in agents)
+    assert isinstance(one, StepOutput)
+    assert isinstance(two, StepOutput)
+    assert model.digests[1] != other.digests[1], "the plan was the same, the tokens that it goes on from were not"
+    assert one.digest != two.digest
+    refused = agents[0].answer(latest)
+    assert refused == StepError(step_id=2, message="RunnerBroken: rank 1 runs another step")
+
+
 def test_times_of_a_step() -> None:
     agent = Agent(ArithmeticModel(FOLDER, cache_bytes=1 << 16, step_seconds=0.1), LimitsConfig(), rank=0, world_size=1)
     request = prompt("hi")

@@ -11,7 +11,10 @@ import msgspec
 import psutil
 import pytest
 from serving_processes import Serving, free_ports, standin_deployment
+from step_plans import Sequenced
+from step_plans import make_plan as step_of
 
+from agent.arithmetic_model import BEGIN
 from agent.protocol import StepPlan, pack_ints
 from config.manifest import Manifest, read_manifest
 from config.serving_config import LimitsConfig, ServingConfig, load
@@ -23,7 +26,7 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Two ranks of the stand-in; each computes the whole model."""
+    """Two ranks of the stand-in; each computes the whole model, and they differ on a prompt with a ``~``."""
     folder = tmp_path_factory.mktemp("group")
     config = two_ranks(folder)
     config.start_agents()
@@ -32,7 +35,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def two_ranks(folder: Path) -> Serving:
-    return standin_deployment(folder, [{"agent_ports": free_ports(RANKS)}])
+    return standin_deployment(folder, [{"agent_ports": free_ports(RANKS), "standin_faults": {"~": "differ"}}])
 
 
 def group(
@@ -79,6 +82,27 @@ def test_a_plan_that_cannot_be_run_names_the_agent_and_leaves_it_serving(deploym
             await agents.receive(bad)
         agents.send(make_probe())
         await agents.receive(make_probe())
+        await agents.close()
+
+    asyncio.run(main())
+
+
+def test_ranks_that_differ_are_lost_and_named(deployment: Serving) -> None:
+    async def main() -> None:
+        config = load(deployment.config_path)
+        agents = group(config)
+        await agents.connect()
+        same, different = (Sequenced(0, [BEGIN, *prompt], [1]) for prompt in (b"a-b", b"a~b"))
+        plan = step_of([same.row()], resets=[same.reset()])
+        agents.send(plan)
+        await agents.receive(plan)
+        plan = step_of([different.row()], resets=[different.reset()], step_id=2)
+        agents.send(plan)
+        port = config.models[0].agent_ports[1]
+        with pytest.raises(AgentsLost, match=rf"rank 1 \(the agent at .*:{port}\) differs from rank 0 in step 2"):
+            await agents.receive(plan)
+        assert not agents.connected
+        await agents.connect()  # they serve on, and what they had in common is made anew
         await agents.close()
 
     asyncio.run(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from faulty_deployment import SLOW, Faulty
-from serving_processes import eventually
+from serving_processes import eventually, free_ports, serving
 
 from agent.arithmetic_model import write_model
 
@@ -96,7 +96,7 @@ def test_readiness_while_the_agent_is_away(faulty: Faulty) -> None:
     eventually(lambda: faulty.client.get("/health/ready").status_code == 200)
     assert faulty.agent().pid != before
     assert faulty.gauge("agent_restarts_total") >= 1
-    assert "was ended by SIGKILL after no sign of life for 5 s; starting its model again" in faulty.agents.output
+    assert "was ended by SIGKILL after no sign of life for 5 s; starting llama2, internlm again" in faulty.agents.output
 
 
 def test_the_next_app_finds_the_agents(faulty: Faulty, undisturbed: list[str]) -> None:
@@ -174,3 +174,19 @@ def test_requests_end_when_the_agents_are_given_up(tmp_path: Path) -> None:
         assert faulty.gauge("kv_cache_usage_perc") == 0
     finally:
         faulty.stop()
+
+
+@pytest.mark.slow
+def test_a_request_on_which_ranks_differ_ends_with_an_error_and_no_other(tmp_path: Path) -> None:
+    model = {"agent_ports": free_ports(2), "standin_faults": {"☠": "differ"}}
+    with serving(tmp_path, [model]) as deployment:
+        with ThreadPoolExecutor(2) as threads:
+            culprit, other = threads.map(
+                lambda inputs: deployment.client().post("/models/llama2/generate", json={"inputs": inputs}),
+                ("poison ☠", "hi"),
+            )
+        assert (culprit.status_code, "this request" in culprit.text) == (500, True)
+        assert other.json()["generated_text"].startswith("dgvsykж好")
+        assert "differs from rank 0 in step" in deployment.log
+        assert deployment.agents is not None
+        assert "again" not in deployment.agents.output  # nothing had to be started

@@ -24,6 +24,7 @@ from serving_processes import ROOT, Process, free_ports, standin_deployment
 from step_plans import Sequenced, make_plan
 
 from agent.arithmetic_model import BEGIN, write_model
+from config.agents_state import read_state
 from config.manifest import read_manifest, write_manifest
 from config.secret_file import create_secret, read_secret
 from config.version import __version__
@@ -51,6 +52,13 @@ class Agents:
 
     def secret_file(self, port: int) -> Path:
         return self.logs / f"agents-{port}.secret"
+
+    def state_file(self, port: int) -> Path:
+        return self.logs / f"agents-{port}.state"
+
+    def phase(self, port: int) -> str:
+        state = read_state(self.state_file(port))
+        return state.phase if state else "unknown"
 
     def answers(self, port: int, secret_port: int) -> bool:
         """Whether the agent at ``port`` runs a step."""
@@ -270,7 +278,25 @@ def test_all_ranks_of_a_dead_agent_are_started_again_and_no_others(tmp_path: Pat
         assert after[ports[2]] == before[ports[2]]
         assert started.answers(ports[0], ports[0])
         assert started.answers(ports[1], ports[0])
-        assert "was ended by SIGKILL; starting its model again" in started.process.output
+        assert "was ended by SIGKILL; starting llama2, internlm again" in started.process.output
+
+
+def test_a_group_is_started_again_alone(tmp_path: Path) -> None:
+    """Each group of a model has a state of its own; they share the secret."""
+    ports = free_ports(4)
+    with agents(tmp_path, {"agent_ports": ports, "data_parallel": 2}) as started:
+        assert {(port, rank) for port, rank, _ in started.ready()} == {(port, i % 2) for i, port in enumerate(ports)}
+        assert [read_state(started.state_file(port)) is None for port in ports] == [False, True, False, True]
+        before = {port: pid for port, _, pid in started.ready()}
+        os.kill(before[ports[3]], signal.SIGKILL)
+        after = {port: pid for port, _, pid in started.wait_for_ready(6)}
+        assert [after[port] == before[port] for port in ports] == [True, True, False, False]
+        assert "was ended by SIGKILL; starting group 1 of llama2, internlm again" in started.process.output
+        eventually(lambda: started.phase(ports[2]) == "ready")
+        states = [read_state(started.state_file(port)) for port in (ports[0], ports[2])]
+        assert [state.restarts for state in states if state] == [0, 1]
+        assert all(started.answers(port, secret_port=ports[0]) for port in ports)
+    assert list(started.logs.glob("*.state")) == []
 
 
 def test_a_model_that_cannot_be_kept_running_is_given_up(tmp_path: Path) -> None:
@@ -302,7 +328,7 @@ def test_a_launcher_that_waits_before_a_restart_ends_at_once(tmp_path: Path) -> 
     with agents(tmp_path, {"path": path}) as started:
         shutil.rmtree(path)
         os.kill(started.ready()[0][2], signal.SIGKILL)
-        started.process.wait_for("starting its model again in 4 s")
+        started.process.wait_for("starting llama2, internlm again in 4 s")
         started.process.send(signal.SIGTERM)
         assert started.process.wait(seconds=3.5) == 0
     assert list(started.logs.glob("*.secret*")) == list(started.logs.glob("*.state*")) == []

@@ -18,10 +18,29 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         (f"limits: {{}}\n{STANDIN % ''}\nlimits: {{}}", "limits: given twice, the second time in line 3"),
         (STANDIN % ", cache_dtype: float32", r"models\[0\].cache_dtype: the stand-in"),
         (STANDIN % ", data_parallel: 2", r"models\[0\].agent_ports: 1 ports do not make 2 groups"),
+        (STANDIN % ", devices: [0]", r"models\[0\].devices: only models with target ascend"),
+        (STANDIN.replace("standin", "cpu") % ", devices: [0]", r"models\[0\].devices: only models with target ascend"),
+        (
+            STANDIN.replace("standin", "ascend") % ", devices: []",
+            r"models\[0\].devices: 0 devices are not one for each of 1",
+        ),
+        (STANDIN.replace("standin", "ascend") % ", devices: [-1]", r"models\[0\].devices"),
+        (
+            STANDIN.replace("standin", "ascend").replace("[9]", "[8, 9]") % ", devices: [3, 3]",
+            r"models\[0\].devices: device 3 has an agent of models\[0\] already",
+        ),
+        (
+            "models: [{path: x, names: [a], agent_ports: [8], target: ascend}, "
+            "{path: x, names: [b], agent_ports: [9], target: ascend}]",
+            r"models\[1\].devices: device 0 has an agent of models\[0\] already; list others",
+        ),
         (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
         (STANDIN % ", step_seconds: .inf", r"models\[0\].step_seconds: needs a finite"),
         (STANDIN % ", step_seconds: .nan", r"models\[0\].step_seconds: "),
-        (STANDIN % ", standin_faults: {a: burn}", r"models\[0\].standin_faults: .*'burn'; one of raise, crash, hang"),
+        (
+            STANDIN % ", standin_faults: {a: burn}",
+            r"models\[0\].standin_faults: .*'burn'; one of raise, crash, hang, differ",
+        ),
         (STANDIN % ", standin_faults: {'': hang}", r"models\[0\].standin_faults: an empty text"),
         (STANDIN.replace("standin", "cpu") % ", standin_faults: {a: hang}", r"models\[0\].standin_faults: only the"),
         (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from agent_client import attached
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from golden_text import Answer, agreement, ask, ask_together, metric
-from serving_processes import Serving, eventually, free_ports, serving
+from serving_processes import STOP_SECONDS, Serving, eventually, free_ports, serving
+from step_plans import Sequenced, make_plan
 
+from agent.protocol import StepError
 from config.manifest import read_manifest
+from config.serving_config import load
 from kernels import library
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long")
@@ -122,3 +128,69 @@ def agents_of(deployment: Serving) -> list[psutil.Process]:
     """The processes of its agents."""
     assert deployment.agents is not None
     return [process for process in deployment.agents.children() if process.cmdline()[-2:] == ["-m", "agent"]]
+
+
+def member(deployment: Serving, name: str) -> psutil.Process:
+    """The process of a rank by its number, or the ``rendezvous``."""
+    assert deployment.agents is not None
+    roles = [(process, process.environ()) for process in deployment.agents.children()]
+    [found] = [
+        process
+        for process, role in roles
+        if name == role.get("MS_NODE_ID") or (name == "rendezvous" and role.get("MS_ROLE") == "MS_SCHED")
+    ]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("1", signal.SIGKILL), ("0", signal.SIGKILL), ("rendezvous", signal.SIGKILL), ("1", signal.SIGSTOP)],
+    ids=["rank 1 is killed", "rank 0 is killed", "the rendezvous is killed", "rank 1 is stopped"],
+)
+def test_a_lost_process_is_a_pause(deployment: Serving, name: str, number: signal.Signals) -> None:
+    """All processes of the group are started again, and no text changes."""
+    everyone = {member(deployment, one).pid for one in ("0", "1", "rendezvous")}
+    prompts = PROMPTS[:6]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        asked = [threads.submit(ask, deployment.client(), prompt) for prompt in prompts]
+        eventually(lambda: metric(deployment, "num_requests_running") == len(prompts))
+        member(deployment, name).send_signal(number)
+        check([answer.result() for answer in asked])
+    assert everyone.isdisjoint(member(deployment, one).pid for one in ("0", "1", "rendezvous"))
+    eventually(lambda: metric(deployment, "kv_cache_usage_perc") == 0)
+    assert deployment.client().get("/health/ready").status_code == 200
+
+
+@pytest.mark.slow
+def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
+    """Killed in the middle of steps, with ranks that wait for each other."""
+    body = {"inputs": PROMPTS[2], "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
+    with deployed(RANKS, tmp_path, "128MiB") as started:
+        assert started.agents is not None
+        children = started.agents.children()
+        with started.client().stream("POST", "/models/llama2/generate_stream", json=body) as response:
+            next(response.iter_raw())
+            started.agents.send(signal.SIGKILL)
+            assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
+
+
+@pytest.mark.slow
+def test_ranks_that_are_sent_different_steps_start_anew(deployment: Serving) -> None:
+    """As when the app dies between sending a plan to one rank and to the next. It is dead for the tests that follow."""
+    assert deployment.app is not None
+    assert deployment.agents is not None
+    deployment.app.send(signal.SIGKILL)
+    deployment.app.wait()
+    config = load(deployment.config_path)
+    model = config.models[0]
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(attached(port, config.secret_path(model))) for port in model.agent_ports]
+        for rank, client in enumerate(ranks):
+            request = Sequenced(0, [1, 2, 3 + rank], [1])
+            client.send(make_plan([request.row()], resets=[request.reset()]))
+        for client in ranks:
+            answer = client.receive()
+            assert isinstance(answer, StepError)
+            assert "were sent different steps" in answer.message
+    deployment.agents.wait_for("exited with code 1; starting llama2, internlm again")
