@@ -126,6 +126,8 @@ class Report:
     def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._write(Failed(f"{kind.__name__}: {error}"[:MAX_REASON]))
         sys.__excepthook__(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)  # a rank that has not met the others can wait for them again, for minutes, as MindSpore is unloaded
 
     def _write(self, message: Ready | Failed) -> None:
         self._output.write(msgspec.json.encode(message) + b"\n")
