@@ -8,7 +8,7 @@ from typing import Protocol
 from agent.logits import Logits
 from agent.protocol import Ints
 from agent.step_batch import StepBatch
-from config.manifest import Manifest
+from config.manifest import Manifest, read_manifest
 from config.serving_config import ModelConfig
 
 
@@ -63,8 +63,12 @@ def open_runner(config: ModelConfig, rank: int) -> Runner:
             step_seconds=config.step_seconds,
             faults=config.standin_faults,
         )
-    from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
+    # Imported here, because a stand-in runs where MindSpore is not installed
+    memory, dtype, threads = config.cache_bytes, config.cache_dtype, config.threads
+    if read_manifest(folder).pair:
+        from agent.paged_pair_runner import PagedPairRunner
 
-    return ModelRunner(
-        folder, rank, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=config.threads
-    )
+        return PagedPairRunner(folder, cache_bytes=memory, cache_dtype=dtype, threads=threads)
+    from agent.model_runner import ModelRunner
+
+    return ModelRunner(folder, rank, cache_bytes=memory, cache_dtype=dtype, threads=threads)
