@@ -120,7 +120,8 @@ class PagedPairRunner:
             raise RunnerBroken(str(error).strip().splitlines()[0]) from error
         logits = logits.reshape(height, -1, self.manifest.vocab_size)
         last = lengths - 1 if logits.shape[1] > 1 else np.zeros_like(lengths)  # or of each row's last token only
-        return logits[np.arange(rows.size), last]
+        wanted: Floats = logits[np.arange(rows.size), last]
+        return wanted
 
     def _prove_sharing(self) -> None:
         """See that the graphs work on one cache: tokens decoded after a prefill see what that wrote.

@@ -62,7 +62,7 @@ CLIENT_MAY_IMPORT = ["config.version", *(file.removesuffix(".py").replace("/", "
 IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select", "socket", "threading", "time"]
 UNRESOLVABLE = {"mindformers": ["models/mindformers_export.py"]}  # no extra could install it: see docs/mindformers.md
 OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
-MINDSPORE_IN = ("agent/model_runner.py", "models/", "kernels/")
+MINDSPORE_IN = ("agent/model_runner.py", "agent/paged_pair_runner.py", "models/", "kernels/")
 
 
 def sources() -> list[str]:

@@ -245,7 +245,7 @@ def test_a_pair_of_mindformers_is_adopted_for_ascend_only(tmp_path: Path) -> Non
     folder = Path(os.environ["MINDFORMERS_PAIR"])
     write_tiny("llama", tmp_path / "text")
     pair = folder / "prefill.mindir", folder / "decode.mindir"
-    with pytest.raises(CheckpointError, match="--target cpu: .* on Ascend only: it uses .*ReshapeAndCache"):
+    with pytest.raises(CheckpointError, match=r"--target cpu: .* on Ascend only: it uses .*ReshapeAndCache"):
         adopt.adopt(*pair, tmp_path / "text", tmp_path / "model", AdoptOptions(target="cpu"))
 
 
