@@ -185,11 +185,12 @@ def choose_device(target: str, threads: int) -> None:
     Raises:
         ManifestError: there is none.
     """
-    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})  # kernel by kernel, for shapes of any size
     try:
         ms.set_device("CPU" if target == "cpu" else "Ascend")
     except RuntimeError as error:
-        raise ManifestError(f"the pair is for {target}, and MindSpore finds none here: {error}") from None
+        reason = str(error).partition(". ")[0]
+        raise ManifestError(f"the pair is for {target}, and MindSpore finds none here: {reason}") from None
     if target == "cpu":
         ms.set_context(runtime_num_threads=threads)
 

@@ -226,18 +226,18 @@ def folder_step(old: OldConfig, folder: str, ranks: int) -> str:
     prefill, decode = old.texts("model_path.prefill_model"), old.texts("model_path.decode_model")
     vocabulary = old.text("tokenizer.vocab_file")
     cell = old.text("model_config.model_cfg_path")
-    export = f"python -m models.export CHECKPOINT --output {shlex.quote(folder)}"
-    if ranks > 1:
-        return f"Export the checkpoint for {ranks} ranks ({export}): pairs of several ranks are not adopted"
-    if not prefill or not decode:
+    cut = f"--tp {ranks} " if ranks > 1 else ""
+    export = f"python -m models.export CHECKPOINT {cut}--output {shlex.quote(folder)}"
+    if ranks > 1 or not prefill or not decode:
         where = f" of {cell}" if cell else ""
-        return f"Export the checkpoint{where}: {export}"
+        why = "; files of several ranks are not adopted" if ranks > 1 and prefill else ""
+        return f"Export the checkpoint{where}: {export} (and let target say what the folder was made for{why})"
     words = ["python", "-m", "models.adopt", prefill[0], decode[0], "--tokenizer"]
     words += [str(PurePosixPath(vocabulary).parent) if vocabulary else "FOLDER", "--output", folder]
     if longest := old.number("pa_config.decode_seq_length", 0):
         words += ["--context-length", str(longest)]
     return (
-        f"Make the model folder: {shlex.join(words)} (it says which cache_dtype and cache_memory to set here); "
+        f"Make the model folder: {shlex.join(words)} (it says which target, cache_dtype and cache_memory to set here); "
         f"if the pair is not one that is served, {export}"
     )
 

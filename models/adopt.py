@@ -22,6 +22,7 @@ from config.manifest import (
     Manifest,
     PagedGraph,
     PagedPair,
+    TokenizerRules,
     file_digest,
     write_manifest,
 )
@@ -59,8 +60,8 @@ def adopt(prefill: Path, decode: Path, tokenizer: Path, folder: Path, options: A
     target = choose_target(contract, options.target)
     check_same_weights(contract)
     config = config_of(tokenizer)
-    assert contract.prefill.vocab_size, "a pair that is served has a vocabulary"
-    text = huggingface_text(tokenizer, config, contract.prefill.vocab_size)
+    assert contract.vocab_size, "a pair that is served has a vocabulary"
+    text = huggingface_text(tokenizer, config, contract.vocab_size)
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -136,7 +137,7 @@ def describe(
     name: str,
     target: Device,
     files: dict[str, str],
-    rules: Any,
+    rules: TokenizerRules,
 ) -> Manifest:
     """The manifest of a pair.
 
@@ -145,7 +146,7 @@ def describe(
     """
     cache = contract.cache
     assert cache, "a pair that is served has caches"
-    assert contract.prefill.vocab_size, "and a vocabulary"
+    assert contract.vocab_size, "and a vocabulary"
     num_blocks, block_size, num_kv_heads, head_dim = cache.shape
     if num_blocks < MIN_BLOCKS:
         raise CheckpointError(f"its cache has {num_blocks} blocks; at least {MIN_BLOCKS} are needed")
@@ -166,7 +167,7 @@ def describe(
         num_kv_heads=num_kv_heads,
         cache_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=contract.prefill.vocab_size,
+        vocab_size=contract.vocab_size,
         context_length=context_length(contract, config, options.context_length),
         block_size=block_size,
         cache_write="graph",

@@ -39,6 +39,11 @@ class Contract:
         """The first of the caches, which stands for all."""
         return next(iter(self.prefill.caches.values()), None)
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of the vocabulary; None if neither graph says."""
+        return self.prefill.vocab_size or self.decode.vocab_size
+
     def sizes(self, phase: str, role: Role) -> tuple[int, ...]:
         """The shape of the input of this role; -1 is dynamic."""
         [(graph, roles)] = [(graph, roles) for name, graph, roles in self.graphs if name == phase]
@@ -61,7 +66,7 @@ def mismatches(contract: Contract) -> Iterator[str]:
     prefill, decode = contract.prefill, contract.decode
     if prefill.path.samefile(decode.path):
         yield "prefill and decode are one file"
-    if prefill.vocab_size != decode.vocab_size:
+    if contract.vocab_size != (decode.vocab_size or contract.vocab_size):
         yield f"the vocabulary has {prefill.vocab_size} tokens in prefill and {decode.vocab_size} in decode"
     for name in sorted(prefill.parameters.keys() ^ decode.parameters.keys())[:1]:
         owner = "prefill" if name in prefill.parameters else "decode"
@@ -82,7 +87,7 @@ def paged_mismatches(contract: Contract) -> Iterator[str]:
         yield f"a cache needs keys and values of every layer, and there are {len(contract.prefill.caches)} of rank 4"
     if len(shapes) > 1:
         yield f"its caches have different shapes: {', '.join(map(str, map(list, sorted(shapes))))}"
-    if contract.prefill.vocab_size is None:
+    if contract.vocab_size is None:
         yield "neither its outputs nor its parameters say how large the vocabulary is"
     if contract.sizes("decode", TOKENS)[1] not in (1, -1):
         yield f"decode takes {contract.sizes('decode', TOKENS)[1]} tokens of a row, and not one"
@@ -97,30 +102,23 @@ def paged_mismatches(contract: Contract) -> Iterator[str]:
 
 def obstacles(contract: Contract, device: Device) -> Iterator[str]:
     """Why a pair cannot be run on this kind of device by an agent of this project."""
-    for phase, graph, _ in contract.graphs:
-        if graph.version > KNOWN_VERSION:
-            yield (
-                f"{phase} has mind_ir_version {graph.version}, the installed MindSpore reads up to {KNOWN_VERSION}: "
-                "install the MindSpore that wrote it, or export it with this one"
-            )
-        if graph.libraries:
-            yield f"{phase} has operators of a foreign library, which is code: {', '.join(graph.libraries)}"
-        if gone := sorted(graph.operators & GONE_OPERATORS):
-            yield f"{phase} uses {', '.join(gone)}, which no MindSpore has any more: MindSpore-Lite of its time runs it"
-        if shared := sorted(graph.operators & COLLECTIVES):
-            yield (
-                f"{phase} is one of several ranks (it uses {', '.join(shared)}), and pairs of several ranks are not "
-                "served: export the checkpoint with this project, which splits it itself"
-            )
-    if device == "cpu":
-        yield from cpu_obstacles(contract)
-
-
-def cpu_obstacles(contract: Contract) -> Iterator[str]:
-    """What of a pair there is on Ascend only."""
     graphs = contract.prefill, contract.decode
-    if fused := sorted(ASCEND_OPERATORS & (graphs[0].operators | graphs[1].operators)):
-        yield f"it uses {', '.join(fused)}, which are fused operators of Ascend without a CPU kernel"
+    operators = graphs[0].operators | graphs[1].operators
+    if (version := max(graph.version for graph in graphs)) > KNOWN_VERSION:
+        yield (
+            f"its mind_ir_version is {version}, and the installed MindSpore reads up to {KNOWN_VERSION}: "
+            "install the one that wrote it"
+        )
+    if libraries := sorted({library for graph in graphs for library in graph.libraries}):
+        yield f"it has operators of a foreign library, which is code: {', '.join(libraries)}"
+    if gone := sorted(operators & GONE_OPERATORS):
+        yield f"it uses {', '.join(gone)}, which MindSpore has no more: only MindSpore-Lite of its time runs it"
+    if shared := sorted(operators & COLLECTIVES):
+        yield f"it is one of several ranks (it uses {', '.join(shared)}), and only pairs of one rank are run"
+    if device == "ascend":
+        return
+    if fused := sorted(operators & ASCEND_OPERATORS):
+        yield f"it uses {', '.join(fused)}: fused operators of Ascend, without a kernel for CPUs"
     if any(tensor.dtype == "bfloat16" for graph in graphs for tensor in graph.parameters.values()):
         yield "it has bfloat16 weights, which MindSpore cannot multiply on a CPU"
 
@@ -140,9 +138,9 @@ def sentences(contract: Contract) -> Iterator[str]:
         yield "Export the checkpoint with python -m models.export, or give the two graphs of one MindFormers export"
         return
     yield f"{prefill.path} and {contract.decode.path} are a pair of {WHAT_IT_IS[contract.generation]}"
-    layers = len(prefill.caches) // 2
     if contract.cache:
-        yield f"It has a vocabulary of {prefill.vocab_size} and, for {layers} layers, caches of {shown(contract.cache)}"
+        layers, cache = len(prefill.caches) // 2, shown(contract.cache)
+        yield f"It has a vocabulary of {contract.vocab_size} and, for {layers} layers, caches like {cache}"
     yield f"It was written by {prefill.producer} in mind_ir_version {prefill.version}"
     if wrong := list(mismatches(contract)):
         yield f"But the two do not belong together: {'; '.join(wrong)}"
@@ -150,11 +148,9 @@ def sentences(contract: Contract) -> Iterator[str]:
     elif contract.generation == "own":
         yield "Nothing is to be done: deployments name the folder of the export"
     elif contract.generation not in SERVED:
-        yield "It is not served: this server's requests share a cache of blocks, and this pair has none"
-        yield (
-            "Export the checkpoint with python -m models.export, or have MindFormers export it with "
-            "use_paged_attention (r1.0) for MindSpore-Lite of that time"
-        )
+        reasons = ["this server's requests share a cache of blocks, and this pair has none"]
+        yield f"It is not served: {'; '.join([*reasons, *obstacles(contract, 'ascend')])}"
+        yield "Export the checkpoint with python -m models.export"
     else:
         yield from advice(contract)
 
@@ -168,8 +164,8 @@ def advice(contract: Contract) -> Iterator[str]:
         return
     if contract.prefill.version < KNOWN_VERSION:
         yield (
-            f"MindSpore {KNOWN_VERSION} files are what was tried: this one is older, and whether its operators "
-            "still run shows when an agent starts"
+            f"That is older than {KNOWN_VERSION}, which was tried: whether MindSpore still has its operators shows when an "
+            "agent starts"
         )
     yield "python -m models.adopt makes a model folder of it"
     if on_cpu:

@@ -121,7 +121,8 @@ class GraphFile:
     @cached_property
     def libraries(self) -> tuple[str, ...]:
         """``library:function`` of every operator that is a piece of foreign machine code."""
-        return tuple(sorted(mindir.custom_operators(self.model)))
+        named = mindir.custom_operators(self.model)
+        return tuple(sorted(named or self.operators & {"Custom"}))
 
     def numbers(self, name: str) -> bytes:
         """The bytes of one parameter, from the file or from where it names them."""

@@ -98,19 +98,20 @@ class Layer(nn.Cell):  # type: ignore[misc]
         eps = config.norm_eps
         self.qkv = portable.NormLinear(weights("attention_norm"), eps, weights("qkv"), weights("qkv_bias"))
         self.attend = attention
-        self.output = portable.ResidualLinear(weights("output"), weights("output_bias"))
+        self.output = portable.Linear(weights("output"), weights("output_bias"))
         self.gate_up = portable.NormGatedLinear(weights("mlp_norm"), eps, weights("gate_up"))
-        self.down = portable.ResidualLinear(weights("down"))
+        self.down = portable.Linear(weights("down"), None)
 
     def construct(self, x: Tensor, geometry: Any, tables: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-        x = self.output(x, self.attend(self.qkv(x), geometry, tables, slots, rows))
-        return self.down(x, self.gate_up(x))
+        x = x + self.output(self.attend(self.qkv(x), geometry, tables, slots, rows))
+        return x + self.down(self.gate_up(x))
 
 
 class Decoder(nn.Cell):  # type: ignore[misc]
     """What both phases have in common."""
 
     attention: type[PagedAttention]
+    every_position = False
 
     def __init__(self, config: NetworkConfig, weights: Any, shape: PairShape) -> None:
         super().__init__(auto_prefix=False)
@@ -126,12 +127,14 @@ class Decoder(nn.Cell):  # type: ignore[misc]
         self.head = portable.Head(weights("norm"), config.norm_eps, head)
 
     def prompt(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
-        """Logits ``[R, vocab]`` of the last token of each prompt in ``tokens [R, S]``."""
+        """Logits of the last token of each prompt in ``tokens [R, S]``, or of all of them, ``[R, S, vocab]``."""
         positions = (ops.cumsum(ops.ones_like(tokens), 1) - 1).reshape((-1,))
         geometry = self.rope(positions)
         x = self.embed(tokens.reshape((-1,)))
         for layer in self.layers:
             x = layer(x, geometry, tokens, slots, tokens)
+        if self.every_position:
+            return self.head(x, portable.numbers(slots)).reshape((*ops.shape(tokens), -1))
         lengths = lengths.reshape((-1,))
         return self.head(x, portable.numbers(lengths) * ops.shape(tokens)[1] + lengths - 1)
 
@@ -154,6 +157,7 @@ class PagedPrefill(Decoder):
 
 class PagedAlikePrefill(Decoder):
     attention = PrefillAttention
+    every_position = True
 
     def construct(
         self, input_ids: Tensor, batch_valid_length: Tensor, block_tables: Tensor, slot_mapping: Tensor

@@ -162,26 +162,31 @@ def test_what_no_agent_can_run_is_named(pair: Pair, tmp_path: Path) -> None:
         primitive.attribute.add(name="func_name", s=b"/tmp/evil.so:Run")
 
     for change, devices, problem in (
-        (with_operator("ReshapeAndCache"), ["cpu"], "it uses ReshapeAndCache, which are fused operators of Ascend"),
-        (with_operator("PromptKVCache"), ["cpu", "ascend"], "uses PromptKVCache, which no MindSpore has any more"),
+        (with_operator("ReshapeAndCache"), ["cpu"], "it uses ReshapeAndCache: fused operators of Ascend"),
+        (with_operator("PromptKVCache"), ["cpu", "ascend"], "it uses PromptKVCache, which MindSpore has no more"),
         (with_operator("AllReduce"), ["cpu", "ascend"], "one of several ranks (it uses AllReduce)"),
+        (of_the_future, ["cpu", "ascend"], "its mind_ir_version is 99, and the installed MindSpore reads up to"),
         (with_library, ["cpu", "ascend"], "a foreign library, which is code: /tmp/evil.so:Run"),
     ):
         found = read_contract(*changed(pair, tmp_path, change))
         for device in ("cpu", "ascend"):
             assert (problem in " ".join(obstacles(found, device))) == (device in devices), change
+        assert (problem in explain(found)) == ("ascend" in devices)
 
 
-@pytest.mark.parametrize("json_wanted", [False, True])
-def test_the_command_says_it(pair: Pair, json_wanted: bool) -> None:
-    command = [sys.executable, "-m", "models.contract", *map(str, pair), *(["--json"] if json_wanted else [])]
+@pytest.mark.slow
+def test_the_command_says_it(pair: Pair) -> None:
+    command = [sys.executable, "-m", "models.contract", *map(str, pair)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    if json_wanted:
-        said = json.loads(done.stdout)
-        assert (said["generation"], said["served"]) == ("continuous", False)
-        assert said["graphs"]["decode"]["inputs"][0]["role"] == "token_ids"
-    else:
-        assert done.stdout.strip() == explain(read_contract(*pair))
+    assert done.stdout.strip() == explain(read_contract(*pair))
+
+
+def test_programs_get_it_as_json(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    assert contract.main([*map(str, pair), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["generation"], said["served"]) == ("continuous", False)
+    assert said["graphs"]["decode"]["inputs"][0]["role"] == "token_ids"
+    assert said["explanation"] == explain(read_contract(*pair))
 
 
 @pytest.mark.parametrize("content", [None, b"not a graph"], ids=["missing", "damaged"])

@@ -132,7 +132,7 @@ def test_an_app_that_was_open_to_everyone_asks_for_keys() -> None:
     [
         (
             {"serving_config": {"agent_ports": [1, 2]}},
-            "Export the checkpoint for 2 ranks (python -m models.export CHECKPOINT --output output/models/llama_7b)",
+            "Export the checkpoint: python -m models.export CHECKPOINT --tp 2 --output output/models/llama_7b (and",
         ),
         (
             {"model_path": {"prefill_model": None}, "model_config": {"model_cfg_path": "/m/predict.yaml"}},
