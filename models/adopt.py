@@ -142,7 +142,7 @@ def describe(
     """The manifest of a pair.
 
     Raises:
-        CheckpointError: its cache is too small, or nothing says how long a context may be.
+        CheckpointError: its cache is too small, for any use or for the context that was asked for.
     """
     cache = contract.cache
     assert cache, "a pair that is served has caches"
@@ -163,7 +163,7 @@ def describe(
         source_digest=digest.hexdigest(),
         weights="none",
         num_layers=len(contract.prefill.caches) // 2,
-        num_heads=config.get("num_attention_heads") or num_kv_heads,
+        num_heads=config.get("num_attention_heads") or num_kv_heads,  # graphs do not say it, and nothing here needs it
         num_kv_heads=num_kv_heads,
         cache_heads=num_kv_heads,
         head_dim=head_dim,

@@ -186,6 +186,27 @@ def test_a_cache_is_as_large_and_of_the_type_that_the_graphs_have(adopted: Path,
     assert ("cache_memory", "49151B holds fewer than 24 blocks of 2048 bytes") in preflight._model_problems(model)
 
 
+def test_graphs_that_do_not_share_a_cache_are_not_served(
+    pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """What the one knows as keys, the other knows as values: names, types and shapes are all as they should be."""
+
+    def other(name: str) -> str:
+        swapped = name.replace("key_cache", "swapped").replace("value_cache", "key_cache")
+        return swapped.replace("swapped", "value_cache")
+
+    model = mindir.read(pair[1])
+    for parameter in model.graph.parameter:
+        parameter.name = other(parameter.name)
+    for node in model.graph.node:
+        node.input[:] = [other(name) for name in node.input]
+    decode = tmp_path / "decode.mindir"
+    decode.write_bytes(model.SerializeToString())
+    adopt.adopt(pair[0], decode, checkpoint[0], tmp_path / "model", AdoptOptions())
+    with pytest.raises(ManifestError, match="prefill and decode graph do not share their cache"):
+        open_pair(tmp_path / "model")
+
+
 def test_a_pair_for_ascend_says_that_there_is_none(pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
     adopt.adopt(*pair, checkpoint[0], tmp_path / "model", AdoptOptions(target="ascend"))
     try:
