@@ -76,7 +76,9 @@ def adopt(prefill: Path, decode: Path, tokenizer: Path, folder: Path, options: A
         files = {
             path.relative_to(fresh).as_posix(): file_digest(path) for path in sorted(fresh.rglob("*")) if path.is_file()
         }
-        manifest = describe(contract, options, config.fields, name=folder.name, target=target, files=files, rules=text.rules)
+        manifest = describe(
+            contract, options, config.fields, name=folder.name, target=target, files=files, rules=text.rules
+        )
         write_manifest(fresh, manifest)
         replace_folder(fresh, folder, Path(scratch) / "replaced")
     return manifest

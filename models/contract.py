@@ -164,8 +164,8 @@ def advice(contract: Contract) -> Iterator[str]:
         return
     if contract.prefill.version < KNOWN_VERSION:
         yield (
-            f"Only version {KNOWN_VERSION} was tried: whether MindSpore still has this one's operators shows when an agent "
-            "starts"
+            f"Only version {KNOWN_VERSION} was tried; whether MindSpore still has the operators of this one shows when "
+            "an agent starts"
         )
     yield "python -m models.adopt makes a model folder of it"
     if on_cpu:
