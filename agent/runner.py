@@ -1,4 +1,6 @@
-"""What an agent needs of a model: MindIR (``model_runner``) or the hand-computable stand-in (``arithmetic_model``)."""
+"""What an agent needs of a model: MindIR of this project (``model_runner``) or of another exporter
+(``paged_pair_runner``), or the hand-computable stand-in (``arithmetic_model``).
+"""
 
 from __future__ import annotations
 

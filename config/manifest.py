@@ -130,6 +130,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ManifestError: it has another.
         """
+        if wanted is not None and self.pair:
+            raise ManifestError(
+                f"{self.name} was adopted and keeps the weights that its graphs have; leave this key out"
+            )
         if wanted not in (None, self.weights):
             raise ManifestError(f"{self.name} has {self.weights}; export it with --weights {wanted}")
 

@@ -183,6 +183,8 @@ def test_a_cache_is_as_large_and_of_the_type_that_the_graphs_have(adopted: Path,
     with pytest.raises(ManifestError, match="cache_memory: the graphs hold a cache of 49152 bytes"):
         PagedPairRunner(adopted, cache_bytes=49151, cache_dtype="float32", threads=1)
     model = ModelConfig(path=str(adopted), names=("a",), agent_ports=(1,), cache_memory="49151B", cache_dtype="float32")
+    with pytest.raises(ManifestError, match="keeps the weights that its graphs have"):
+        read_manifest(adopted).check_weights("bfloat16")
     assert ("cache_memory", "49151B holds fewer than 24 blocks of 2048 bytes") in preflight._model_problems(model)
 
 
