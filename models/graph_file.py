@@ -16,12 +16,13 @@ KNOWN_VERSION = max(Version.values())  # the mind_ir_version that the installed 
 CACHE_RANK = 4  # of a cache: blocks, tokens of a block, heads, numbers of a head; or sequences, heads, tokens, numbers
 HEAD_NAMES = ("lm_head.weight", "lm_head", "head.weight")  # that end the name of a vocabulary's weight, [vocab, hidden]
 
-# Fused operators of Ascend: MindSpore exports them anywhere, and has no CPU kernel for them.
-_TRIED = """PagedAttention PagedAttentionMask ReshapeAndCache FlashAttentionScore PromptFlashAttention IncreFlashAttention
-RmsNorm AddRmsNorm ApplyRotaryPosEmb Swiglu QuantBatchMatmul WeightQuantBatchMatmul GroupedMatmulV4 TopkExt SortExt
-CumsumExt MultinomialExt"""
-_DOCUMENTED = """FusedInferAttentionScore GroupedMatmul KVCacheScatterUpdate MoeInitRouting GroupTopk QuantV2 DynamicQuantExt
-MatmulAllReduceAddRmsNorm AllGatherMatmul MatmulReduceScatter Mla KvScaleCache"""
+# Fused operators of Ascend: MindSpore exports them anywhere, and has no CPU kernel for them: some of them
+# were tried on a CPU, the others are documented for Ascend only.
+_TRIED = """PagedAttention PagedAttentionMask ReshapeAndCache FlashAttentionScore PromptFlashAttention
+IncreFlashAttention RmsNorm AddRmsNorm ApplyRotaryPosEmb Swiglu QuantBatchMatmul WeightQuantBatchMatmul GroupedMatmulV4
+TopkExt SortExt CumsumExt MultinomialExt"""
+_DOCUMENTED = """FusedInferAttentionScore GroupedMatmul KVCacheScatterUpdate MoeInitRouting GroupTopk QuantV2
+DynamicQuantExt MatmulAllReduceAddRmsNorm AllGatherMatmul MatmulReduceScatter Mla KvScaleCache"""
 ASCEND_OPERATORS = frozenset((_TRIED + " " + _DOCUMENTED).split())
 GONE_OPERATORS = frozenset({"PromptKVCache", "DecoderKVCache"})  # in no MindSpore since 2.10, on any device
 COLLECTIVES = frozenset({"AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AllToAll", "AllGatherMatmul"})
