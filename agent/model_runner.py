@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from agent.logits import Logits
 from agent.peers import Peers
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
-from agent.runner import RunnerBroken
+from agent.runner import Runner, RunnerBroken
 from agent.step_batch import StepBatch
 from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
 from kernels import library
@@ -162,14 +161,7 @@ class ModelRunner:
         Raises:
             ManifestError: their logits differ from those of the same tokens in one prefill.
         """
-        size, vocab = self.manifest.block_size, self.manifest.vocab_size
-        errors = []
-        for tokens in (vocab * np.arange(1, 10) // 10).reshape(3, 3).tolist():
-            together = self.run(one_row(tokens, first=0, block=1, block_size=size)).values
-            self.run(one_row(tokens[:2], first=0, block=2, block_size=size))
-            apart = self.run(one_row(tokens[2:], first=2, block=2, block_size=size)).values
-            errors.append(float(np.abs(together - apart).max() / np.abs(together).max()))
-        error = float(np.median(errors))  # tokens with outliers in them round to 0.1 and more; a lost cache costs 0.4
+        error = sharing_error(self)
         rounded = 0.0 if self.manifest.weights == "float32" else ROUNDED_TOLERANCE
         if not error <= max(LOGIT_TOLERANCE[self.cache_dtype], rounded):
             raise ManifestError(
@@ -196,6 +188,18 @@ class CompiledGraph:
         outputs = self._graph(*inputs)
         self._compiled = True
         return outputs
+
+
+def sharing_error(runner: Runner) -> float:
+    """How far a token decoded after a prefill is from the same tokens in one prefill, relative to the largest logit."""
+    size, vocab = runner.manifest.block_size, runner.manifest.vocab_size
+    errors = []
+    for tokens in (vocab * np.arange(1, 10) // 10).reshape(3, 3).tolist():
+        together = runner.run(one_row(tokens, first=0, block=1, block_size=size)).values
+        runner.run(one_row(tokens[:2], first=0, block=2, block_size=size))
+        apart = runner.run(one_row(tokens[2:], first=2, block=2, block_size=size)).values
+        errors.append(float(np.abs(together - apart).max() / np.abs(together).max()))
+    return float(np.median(errors))  # tokens with outliers in them round to 0.1 and more; a lost cache costs 0.4
 
 
 def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
@@ -237,7 +241,7 @@ def load_graphs(
     """
     graphs = []
     with tempfile.TemporaryDirectory(prefix=".loading-", dir=folder if os.access(folder, os.W_OK) else None) as scratch:
-        link_or_copy(folder / mindir.WEIGHTS_FILE, Path(scratch) / mindir.WEIGHTS_FILE)
+        mindir.link_or_copy(folder / mindir.WEIGHTS_FILE, Path(scratch) / mindir.WEIGHTS_FILE)
         for phase in ("prefill", "decode"):
             copy = Path(scratch) / f"{phase}.mindir"
             mindir.attach(folder / copy.name, copy, operators.file if operators else None)
@@ -245,14 +249,6 @@ def load_graphs(
             graph.set_inputs(*placeholders(manifest, cache_dtype))  # without this each new shape is compiled anew
             graphs.append(graph)
     return graphs[0], graphs[1]
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name, copied only where the file system cannot link."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:

@@ -63,8 +63,9 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
         except ManifestError as error:
             yield "weights", str(error)
     block_bytes = manifest.cache_block_bytes(cache_dtype)
-    if model.cache_bytes < MIN_BLOCKS * block_bytes:
-        yield "cache_memory", f"{model.cache_memory} holds fewer than {MIN_BLOCKS} blocks of {block_bytes} bytes"
+    blocks = manifest.pair.num_blocks if manifest.pair else MIN_BLOCKS
+    if model.cache_bytes < blocks * block_bytes:
+        yield "cache_memory", f"{model.cache_memory} holds fewer than {blocks} blocks of {block_bytes} bytes"
 
 
 def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:

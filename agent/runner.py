@@ -1,4 +1,6 @@
-"""What an agent needs of a model: MindIR (``model_runner``) or the hand-computable stand-in (``arithmetic_model``)."""
+"""What an agent needs of a model: MindIR of this project (``model_runner``) or of another exporter
+(``paged_pair_runner``), or the hand-computable stand-in (``arithmetic_model``).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from agent.logits import Logits
 from agent.placement import Place
 from agent.protocol import Ints
 from agent.step_batch import StepBatch
-from config.manifest import Manifest
+from config.manifest import Manifest, read_manifest
 from config.serving_config import ModelConfig
 
 
@@ -67,8 +69,12 @@ def open_runner(config: ModelConfig, place: Place) -> Runner:
             faults=config.standin_faults,
             rank=place.rank,
         )
-    from agent.model_runner import ModelRunner  # here, because a stand-in runs where MindSpore is not installed
+    # Imported here, because a stand-in runs where MindSpore is not installed
+    memory, dtype, threads = config.cache_bytes, config.cache_dtype, place.threads
+    if read_manifest(folder).pair:
+        from agent.paged_pair_runner import PagedPairRunner
 
-    return ModelRunner(
-        folder, place.rank, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, threads=place.threads
-    )
+        return PagedPairRunner(folder, cache_bytes=memory, cache_dtype=dtype, threads=threads)
+    from agent.model_runner import ModelRunner
+
+    return ModelRunner(folder, place.rank, cache_bytes=memory, cache_dtype=dtype, threads=threads)

@@ -48,6 +48,24 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     cached_context: bool = True  # prompt rows whose first tokens are in the cache already (chunks)
     mixed_steps: bool = True  # prompt rows and decoding rows together
     max_num_batched_tokens: int | None = None  # tokens; None: what the configuration allows
+    prompt_logits: bool = True  # of any position of a prompt; else of its last one only
+
+
+class PagedGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """One graph of a pair that another exporter wrote."""
+
+    file: str  # beside the manifest
+    inputs: tuple[GraphTensor, ...]  # in feed order, named by what they are for
+
+
+class PagedPair(msgspec.Struct, frozen=True, kw_only=True):
+    """A pair that was adopted: its graphs hold the cache themselves, so its size and type are theirs."""
+
+    prefill: PagedGraph
+    decode: PagedGraph
+    num_blocks: int  # of the cache, the null block included
+    cache_dtype: str
+    padding_slot: Literal[-1, 0]  # what a padded token is given for its slot
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,7 +79,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     source_digest: str  # with export_digest: the export is reused while both match
     export_digest: str = ""
     world_size: int = 1  # ranks of tensor parallelism
-    weights: WeightFormat | Literal["none"] = "float32"  # none: the stand-in
+    weights: WeightFormat | Literal["none"] = "float32"  # none: the stand-in, and adopted pairs, which have their own
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -73,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cache_write: Literal["graph", "host"]  # who writes new keys and values into the cache
     capabilities: Capabilities = Capabilities()
     tokenizer: TokenizerRules
+    pair: PagedPair | None = None  # None: exported by this project
     inputs: tuple[GraphTensor, ...] = ()  # the same for prefill and decode, in feed order
     outputs: tuple[GraphTensor, ...] = ()
     files: dict[str, str] = {}  # path in the folder → SHA-256, of every file beside this one
@@ -97,6 +116,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ManifestError: it does not.
         """
+        if self.pair and dtype != self.pair.cache_dtype:
+            raise ManifestError(f"the graphs of {self.name} hold a cache of {self.pair.cache_dtype}, not {dtype}")
         if self.cache_write == "host" and dtype not in HOST_CACHE_DTYPES:
             raise ManifestError(
                 f"{self.name} was exported with standard operators, whose cache is {' or '.join(HOST_CACHE_DTYPES)}, "
@@ -109,6 +130,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ManifestError: it has another.
         """
+        if wanted is not None and self.pair:
+            raise ManifestError(
+                f"{self.name} was adopted and keeps the weights that its graphs have; leave this key out"
+            )
         if wanted not in (None, self.weights):
             raise ManifestError(f"{self.name} has {self.weights}; export it with --weights {wanted}")
 

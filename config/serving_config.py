@@ -167,15 +167,7 @@ def load(path: str | Path) -> ServingConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, has an unknown key, a wrong type or a value out of range.
     """
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    raw = read_yaml(path)
     try:
         config = msgspec.convert(raw, ServingConfig)
     except msgspec.ValidationError as error:
@@ -183,6 +175,23 @@ def load(path: str | Path) -> ServingConfig:
     for problem in _problems(config):
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has a key twice.
+    """
+    path = Path(path)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 class _StrictLoader(yaml.SafeLoader):

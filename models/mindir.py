@@ -8,6 +8,7 @@ free of paths; ``attach`` gives a loader's copy the path of this machine's libra
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -134,15 +135,21 @@ def custom_operators(model: ModelProto) -> set[str]:
 
 def inputs(model: ModelProto) -> tuple[GraphTensor, ...]:
     """The graph's inputs in feed order."""
-    names = {value: key.lower() for key, value in TensorProto.DataType.items()}
-    return tuple(
-        GraphTensor(
-            name=plain_name(entry.name),
-            dtype={"float": "float32"}.get(dtype := names[entry.tensor[0].data_type], dtype),
-            shape=tuple(entry.tensor[0].dims),
-        )
-        for entry in model.graph.input
-    )
+    return tuple(tensor(entry.name, entry.tensor[0]) for entry in model.graph.input)
+
+
+def tensor(name: str, proto: TensorProto) -> GraphTensor:
+    """The name, type and shape of an input or a weight."""
+    dtype = TensorProto.DataType.Name(proto.data_type).lower()
+    return GraphTensor(name=plain_name(name), dtype={"float": "float32"}.get(dtype, dtype), shape=tuple(proto.dims))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name, copied only where the file system cannot link."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def plain_name(name: str) -> str:

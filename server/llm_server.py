@@ -258,6 +258,8 @@ class LLMServer:
         self.check_token_ids([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
         if not all(params.stop):
             raise InvalidRequest("holds an empty string", "stop")
+        if params.prompt_logprobs and not self.manifest.capabilities.prompt_logits:
+            raise InvalidRequest("this model's graphs say nothing of a prompt's own tokens", "prompt_logprobs")
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
         return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, end_token_ids=ends))

@@ -198,6 +198,7 @@ ELSEWHERE = {  # produced by a test of its own: the first four in test_guarded_a
     "… is not ready yet: it waits for its agents at …",
     "waiting for …: agents at …",
     "inputs: has … tokens; this server takes …",
+    "…: this model's graphs say nothing of a prompt's own tokens",
     "max_new_tokens: … is more than the … that this server gives",
     "no turn came within … s; try again later",
     "the server is stopping",
@@ -269,6 +270,15 @@ def without_chat_template(folder: Path) -> Path:
     return folder
 
 
+def without_prompt_logits(folder: Path) -> Path:
+    """The stand-in as a model whose graphs give the logits of a row's last token only."""
+    shutil.copytree(ROOT / "config/standin", folder)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["capabilities"] = {"prompt_logits": False}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
 def test_an_app_without_agents(tmp_path: Path) -> None:
     deployment = standin_deployment(tmp_path, [{}, {"path": str(without_chat_template(tmp_path / "model"))}])
     deployment.app = Process("client/server_app_post.py", "--config", deployment.config_path)
@@ -302,8 +312,16 @@ def test_a_drain(tmp_path: Path) -> None:
 
 def test_limits_of_the_engine(tmp_path: Path) -> None:
     limits = {"max_num_seqs": 1, "max_prompt_tokens": 20, "max_new_tokens": 200, "max_queue_seconds": 0.1}
-    with serving(tmp_path, [{"step_seconds": 0.02}], limits=limits) as deployment, ThreadPoolExecutor() as threads:
+    model = {"step_seconds": 0.02, "path": str(without_prompt_logits(tmp_path / "model"))}
+    with serving(tmp_path, [model], limits=limits) as deployment, ThreadPoolExecutor() as threads:
         client = deployment.client()
+        scored = {"inputs": "x", "parameters": {"details": True, "decoder_input_details": True}}
+        check(client.post(LEGACY, json=scored), "…: this model's graphs say nothing of a prompt's own tokens")
+        scored = {"prompt": "x", "echo": True, "logprobs": 1}
+        check(
+            client.post("/v1/completions", json={**scored, "model": "llama2"}),
+            "…: this model's graphs say nothing of a prompt's own tokens",
+        )
         check(client.post(LEGACY, json={"inputs": "x" * 30}), "inputs: has … tokens; this server takes …")
         body: dict[str, Any] = {"inputs": "x", "parameters": {"ignore_eos": True, "max_new_tokens": 201}}
         check(client.post(LEGACY, json=body), "max_new_tokens: … is more than the … that this server gives")

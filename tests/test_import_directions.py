@@ -63,7 +63,7 @@ IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select"
 UNRESOLVABLE = {"mindformers": ["models/mindformers_export.py"]}  # no extra could install it: see docs/mindformers.md
 OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
 # agent/collective.py: ranks meet in MindSpore, at a process that has no runner.
-MINDSPORE_IN = ("agent/collective.py", "agent/model_runner.py", "models/", "kernels/")
+MINDSPORE_IN = ("agent/collective.py", "agent/model_runner.py", "agent/paged_pair_runner.py", "models/", "kernels/")
 
 
 def sources() -> list[str]:

@@ -80,18 +80,19 @@ def _tgi(problem: Problem, text: str, name: str | None) -> TgiErrorBody:
             return TgiErrorBody(error=text, error_type="validation")
 
 
-LEGACY = Dialect(model=ErrorBody, body=_legacy, field_names={"prompt": "inputs", "messages": "inputs"})
+_DETAILS = {"prompt_logprobs": "decoder_input_details"}
+LEGACY = Dialect(model=ErrorBody, body=_legacy, field_names={"prompt": "inputs", "messages": "inputs", **_DETAILS})
 _OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 OPENAI = Dialect(
     model=OpenAIErrorBody,
     body=_openai,
-    field_names={**_OPENAI_NAMES, "top_n_tokens": "logprobs"},
+    field_names={**_OPENAI_NAMES, "top_n_tokens": "logprobs", "prompt_logprobs": "logprobs"},
     statuses={422: 400},
 )
 OPENAI_CHAT = dataclasses.replace(
     OPENAI, field_names={**_OPENAI_NAMES, "top_n_tokens": "top_logprobs", "prompt": "messages"}
 )
-TGI = Dialect(model=TgiErrorBody, body=_tgi, field_names={"prompt": "inputs"}, statuses={500: 424})
+TGI = Dialect(model=TgiErrorBody, body=_tgi, field_names={"prompt": "inputs", **_DETAILS}, statuses={500: 424})
 
 CHAT_PATH = "/v1/chat/completions"
 _TGI_PATHS = ("/", "/generate", "/generate_stream", "/info")
