@@ -15,8 +15,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from agent.cache_probe import sharing_error
 from agent.logits import Logits
-from agent.model_runner import LOGIT_TOLERANCE, CompiledGraph, share_weights, sharing_error
+from agent.model_runner import LOGIT_TOLERANCE, CompiledGraph, share_weights
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from agent.listener import bind
+from agent.lite_gears import GearError
+from agent.lite_ini import pair_gears
+from agent.lite_runner import WHERE_FROM
 from agent.placement import PlacementError, host_device
 from config.manifest import ManifestError, read_manifest
 from config.secret_file import SecretError, read_secret
-from config.serving_config import ModelConfig, ServingConfig
+from config.serving_config import LimitsConfig, ModelConfig, ServingConfig
 
 MIN_BLOCKS = 3  # the null block, and two for the proof that prefill and decode share a cache
 
@@ -33,8 +37,14 @@ def check(config: ServingConfig) -> None:
     if not os.access(config.logging.folder, os.W_OK):
         raise LaunchError(f"logging.folder: {config.logging.folder}: not writable")
     for index, model in enumerate(config.models):
-        checks = (_model_problems, _port_problems, _device_problems, _secret_problems)
-        for key, problem in itertools.chain.from_iterable(find(model) for find in checks):
+        checks = (
+            _model_problems(model),
+            _lite_problems(model, config.limits),
+            _port_problems(model),
+            _device_problems(model),
+            _secret_problems(model),
+        )
+        for key, problem in itertools.chain.from_iterable(checks):
             raise LaunchError(f"models[{index}].{key}: {problem}")
 
 
@@ -66,6 +76,29 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
     blocks = manifest.pair.num_blocks if manifest.pair else MIN_BLOCKS
     if model.cache_bytes < blocks * block_bytes:
         yield "cache_memory", f"{model.cache_memory} holds fewer than {blocks} blocks of {block_bytes} bytes"
+
+
+def _lite_problems(model: ModelConfig, limits: LimitsConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong with a model that MindSpore Lite is to run, beside what ``_model_problems`` finds."""
+    if model.runtime != "mindspore_lite":
+        return
+    try:
+        manifest = read_manifest(model.path)
+    except ManifestError:
+        return
+    if manifest.pair is None:
+        yield "runtime", f"mindspore_lite runs adopted pairs only, and {model.path} is an export of ours"
+        return
+    if manifest.world_size > 1 and not model.rank_table:
+        yield "rank_table", f"{model.path} has {manifest.world_size} ranks, which find each other by a rank table"
+    if model.rank_table and not Path(model.rank_table).is_file():
+        yield "rank_table", f"{model.rank_table}: no such file"
+    try:
+        pair_gears(model, limits, manifest)
+    except GearError as error:
+        yield error.key, str(error)
+    if find_spec("mindspore_lite") is None:
+        yield "runtime", f"mindspore_lite is not installed: {WHERE_FROM}"
 
 
 def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,4 @@
-"""What an agent needs of a model: MindIR of this project (``model_runner``) or of another exporter
-(``paged_pair_runner``), or the hand-computable stand-in (``arithmetic_model``).
-"""
+"""What an agent needs of a model, and which of the runners a model gets."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from agent.placement import Place
 from agent.protocol import Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, read_manifest
-from config.serving_config import ModelConfig
+from config.serving_config import LimitsConfig, ModelConfig
 
 
 class RunnerBroken(RuntimeError):
@@ -52,7 +50,7 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(config: ModelConfig, place: Place) -> Runner:
+def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runner:
     """The runner of one rank of a model, ready to run.
 
     Raises:
@@ -69,6 +67,10 @@ def open_runner(config: ModelConfig, place: Place) -> Runner:
             faults=config.standin_faults,
             rank=place.rank,
         )
+    if config.runtime == "mindspore_lite":
+        from agent.lite_runner import LiteRunner
+
+        return LiteRunner(config, limits, rank=place.rank, device=place.device)
     # Imported here, because a stand-in runs where MindSpore is not installed
     memory, dtype, threads = config.cache_bytes, config.cache_dtype, place.threads
     if read_manifest(folder).pair:

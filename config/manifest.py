@@ -56,6 +56,7 @@ class PagedGraph(msgspec.Struct, frozen=True, kw_only=True):
 
     file: str  # beside the manifest
     inputs: tuple[GraphTensor, ...]  # in feed order, named by what they are for
+    names: tuple[str, ...]  # of these inputs in the file
 
 
 class PagedPair(msgspec.Struct, frozen=True, kw_only=True):

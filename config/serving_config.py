@@ -20,6 +20,7 @@ import yaml
 from config.server_config import Port, Positive, PositiveSeconds, Seconds, ServerConfig, is_loopback, server_problems
 
 Target = Literal["cpu", "ascend", "standin"]
+Runtime = Literal["mindspore", "mindspore_lite"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 StandinFault = Literal["raise", "crash", "hang", "differ"]
@@ -94,6 +95,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     agent_ports: tuple[Port, ...]  # one group after another, in each the ranks in order
     data_parallel: Positive = 1  # groups of agents, each with the whole model
     target: Target = "cpu"
+    runtime: Runtime = "mindspore"
     agent_host: str = "127.0.0.1"
     weights: WeightFormat | None = None  # what the export must have; None: any
     cache_memory: str = "1GiB"  # of each agent, for keys and values
@@ -105,6 +107,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
     standin_faults: dict[str, StandinFault] = {}  # stand-in only: what a text in prompt or answer does to its step
     secret_file: str | None = None  # shared by app and agents; None: one beside the logs
+    prefill_lengths: tuple[Positive, ...] = ()  # mindspore_lite only, as the next four: tokens of its prefill gears …
+    decode_rows: tuple[Positive, ...] = ()  # … and rows of its decode gears; (): powers of two up to the limits
+    prefill_ini: str | None = None  # the graph's own configuration file, in place of one with these gears
+    decode_ini: str | None = None
+    rank_table: str | None = None  # the file that tells HCCL of the ranks; None: one rank
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -313,6 +320,7 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.step_seconds: only the stand-in model has a chosen step time"
     if model.standin_faults and model.target != "standin":
         yield f"{key}.standin_faults: only the stand-in model has faults of choice"
+    yield from _lite_problems(key, model)
     if "" in model.standin_faults:
         yield f"{key}.standin_faults: an empty text would be in every prompt"
     if model.cache_dtype != "float16" and model.target == "standin":
@@ -326,3 +334,17 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.weights: the stand-in model has none"
     if model.threads is not None and model.target == "standin":
         yield f"{key}.threads: the stand-in model computes in one thread"
+
+
+def _lite_problems(key: str, model: ModelConfig) -> Iterator[str]:
+    """What is wrong with the keys of the runtime mindspore_lite."""
+    if model.runtime == "mindspore_lite" and model.target != "ascend":
+        yield f"{key}.runtime: mindspore_lite runs models for target ascend only"
+    for name in ("prefill_lengths", "decode_rows", "prefill_ini", "decode_ini", "rank_table"):
+        if getattr(model, name) and model.runtime != "mindspore_lite":
+            yield f"{key}.{name}: only with runtime mindspore_lite"
+    if model.rank_table and model.data_parallel > 1:
+        yield f"{key}.rank_table: is of one group; serve each of the {model.data_parallel} groups as a model of its own"
+    for sizes, ini in (("prefill_lengths", "prefill_ini"), ("decode_rows", "decode_ini")):
+        if getattr(model, sizes) and getattr(model, ini):
+            yield f"{key}.{sizes}: the gears stand in {ini} already; give one of the two"

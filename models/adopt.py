@@ -211,7 +211,8 @@ def paged_graph(phase: str, graph: GraphFile, roles: Roles) -> PagedGraph:
     """Where a graph is in the model folder, and how it is fed."""
     named = zip(graph.inputs, roles, strict=True)
     inputs = tuple(GraphTensor(name=role.name, dtype=tensor.dtype, shape=tensor.shape) for tensor, role in named)
-    return PagedGraph(file=f"{phase}/{graph.path.name}", inputs=inputs)
+    names = tuple(tensor.name for tensor in graph.inputs)
+    return PagedGraph(file=f"{phase}/{graph.path.name}", inputs=inputs, names=names)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -200,7 +200,7 @@ def test_what_is_optional_is_imported_late() -> None:
 
 
 def test_all_that_tests_import_is_declared() -> None:
-    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py"))
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))
     helpers = {Path(file).stem for file in files}
     declared = requirements("install_requires") | requirements("extras_require")
     assert undeclared(files, declared, {*OURS, *helpers}) == {}, "add them to extras_require in setup.py"

@@ -9,6 +9,7 @@ import pytest
 from config.serving_config import ConfigError, load, parse_size
 
 STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
+LITE = "models: [{path: x, names: [a], agent_ports: [8, 9], target: ascend, runtime: mindspore_lite, %s}]"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,20 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
             r"models\[1\].devices: device 0 has an agent of models\[0\] already; list others",
         ),
         (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
+        (
+            STANDIN % ", runtime: mindspore_lite",
+            r"models\[0\].runtime: mindspore_lite runs models for target ascend only",
+        ),
+        (STANDIN % ", prefill_ini: a.ini", r"models\[0\].prefill_ini: only with runtime mindspore_lite"),
+        (STANDIN % ", decode_rows: [0]", r"models\[0\].decode_rows\[0\]: Expected `int` >= 1"),
+        (
+            LITE % "decode_rows: [1], decode_ini: a.ini",
+            r"models\[0\].decode_rows: the gears stand in decode_ini already",
+        ),
+        (
+            LITE % "rank_table: a.json, data_parallel: 2",
+            r"models\[0\].rank_table: is of one group; serve each of the 2",
+        ),
         (STANDIN % ", step_seconds: .inf", r"models\[0\].step_seconds: needs a finite"),
         (STANDIN % ", step_seconds: .nan", r"models\[0\].step_seconds: "),
         (
