@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from agent import doctor_devices, doctor_environment, doctor_host, doctor_versions, npu_smi
+from agent import acceptance_report, doctor_devices, doctor_environment, doctor_host, doctor_versions, npu_smi
+from agent.acceptance import Acceptance
 from agent.ascend_host import AscendHost
 from agent.finding import LEVELS, Finding, error, ok
 from agent.model_size import Need, needs
-from config.serving_config import ConfigError, ServingConfig, load
+from config.serving_config import ConfigError, ServingConfig, Target, load
 from config.version import __version__
 
 JSON_VERSION = 1  # of the shape of --json, which docs/doctor.md describes
+ACCEPTANCE = Path("output/acceptance")
+ACCEPTANCE_REPORT = Path("output/acceptance.md")
 NO_DEVICE = "no Ascend device here"
 
 Report = dict[str, list[Finding]]  # by area
@@ -87,18 +91,35 @@ def as_text(report: Report) -> Iterator[str]:
     yield ", ".join(f"{levels.count(level)} {level}" for level in LEVELS)
 
 
+def accept(report: Report, target: Target) -> bool:
+    """Run the whole chain and write its report: whether every stage passed."""
+    stages = []
+    for stage in Acceptance(target, ACCEPTANCE).run():
+        stages.append(stage)
+        print(f"{stage.outcome:<8} {stage.stage}, {stage.seconds:.0f} s: {stage.found}", flush=True)  # noqa: T201
+    data = acceptance_report.as_data(target, as_json(report), stages)
+    ACCEPTANCE_REPORT.parent.mkdir(parents=True, exist_ok=True)
+    ACCEPTANCE_REPORT.write_text(acceptance_report.as_markdown(data), encoding="utf-8")
+    print(f"the report is {ACCEPTANCE_REPORT}", flush=True)  # noqa: T201
+    return bool(data["passed"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line: its exit code."""
     parser = argparse.ArgumentParser(prog="python -m agent.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a deployment's YAML file")
-    parser.add_argument("--json", action="store_true", help="as data, of the shape in docs/doctor.md")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as data, of the shape in docs/doctor.md")
+    form.add_argument("--accept", action="store_true", help=f"run the whole chain too, and write {ACCEPTANCE_REPORT}")
     options = parser.parse_args(arguments)
-    report = examine(options.config, AscendHost())
+    host = AscendHost()
+    report = examine(options.config, host)
     if options.json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(as_json(report))) + b"\n")
     else:
-        sys.stdout.write("\n".join(as_text(report)) + "\n")
-    return int(worst(one for found in report.values() for one in found) == "error")
+        print("\n".join(as_text(report)), flush=True)  # noqa: T201
+    passed = not options.accept or accept(report, "ascend" if host.present() else "cpu")
+    return int(worst(one for found in report.values() for one in found) == "error" or not passed)
 
 
 if __name__ == "__main__":
