@@ -84,6 +84,7 @@ def test_dockerfiles_pass_their_linter(dockerfile: Path) -> None:
     assert not done.stdout
 
 
+@pytest.mark.slow  # the tool takes four seconds to start
 def test_the_compose_file_has_the_form_of_one() -> None:
     schema = ["--builtin-schema", "vendor.compose-spec", FOLDER / "compose.yaml"]
     done = subprocess.run([TOOLS / "check-jsonschema", *schema], capture_output=True, text=True, check=False)
