@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,12 +17,13 @@ from agent.acceptance import Acceptance
 from agent.ascend_host import AscendHost
 from agent.finding import LEVELS, Finding, error, ok
 from agent.model_size import Need, needs
+from agent.served_model import ROOT
 from config.serving_config import ConfigError, ServingConfig, Target, load
 from config.version import __version__
 
 JSON_VERSION = 1  # of the shape of --json, which docs/doctor.md describes
-ACCEPTANCE = Path("output/acceptance")
-ACCEPTANCE_REPORT = Path("output/acceptance.md")
+ACCEPTANCE = ROOT / "output" / "acceptance"
+ACCEPTANCE_REPORT = ACCEPTANCE.with_suffix(".md")
 NO_DEVICE = "no Ascend device here"
 
 Report = dict[str, list[Finding]]  # by area
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a deployment's YAML file")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as data, of the shape in docs/doctor.md")
-    form.add_argument("--accept", action="store_true", help=f"run the whole chain too, and write {ACCEPTANCE_REPORT}")
+    form.add_argument("--accept", action="store_true", help="run the whole chain too, and write output/acceptance.md")
     options = parser.parse_args(arguments)
     host = AscendHost()
     report = examine(options.config, host)
