@@ -11,8 +11,9 @@ sys.path.insert(0, str(ROOT))  # run as a script, by its path
 import msgspec  # noqa: E402
 import torch  # noqa: E402
 from default_model import PROMPTS  # noqa: E402
+from golden_text import reference  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 from agent.golden_text import FILE, GoldenText  # noqa: E402
 from models import export  # noqa: E402
@@ -20,14 +21,6 @@ from models.checkpoint import open_checkpoint  # noqa: E402
 
 CHOSEN = PROMPTS[::4]
 NEW_TOKENS = 32
-
-
-def reference() -> PreTrainedModel:
-    """transformers' own reading of the default model's file. Its reading of the tokenizer takes minutes."""
-    path = export.default_checkpoint()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # an answer goes on, as with ignore_eos
-    return model
 
 
 def golden(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str) -> GoldenText:
@@ -51,6 +44,7 @@ def main() -> None:
     """Compute and write."""
     torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
     model = reference()
+    model.generation_config.eos_token_id = None  # an answer goes on, as with ignore_eos
     tokenizer = Tokenizer.from_str(open_checkpoint(export.default_checkpoint()).text.tokenizer_json)
     lines = b",\n".join(msgspec.json.encode(golden(model, tokenizer, prompt)) for prompt in CHOSEN)
     FILE.write_bytes(b"[\n" + lines + b"\n]\n")
