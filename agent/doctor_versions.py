@@ -13,7 +13,6 @@ from agent.finding import Finding, error, ok, warning
 from agent.supported_versions import SUPPORTED
 
 INSTALL = "run make setup, or pip install --constraint constraints.txt --editable ."
-LATEST = "ascend-toolkit/latest"
 
 
 def packages() -> Iterator[Finding]:
@@ -62,8 +61,8 @@ def ascend(host: AscendHost, chips: list[npu_smi.Chip]) -> Iterator[Finding]:
     yield firmware_version(firmware, driver.get("compatible_version_fw", ""))
     found = host.cann()
     if found is None:
-        where = f"install the CANN toolkit and kernels and source {host.root / LATEST}/set_env.sh"
-        yield error("cann", "not found, neither by ASCEND_HOME_PATH nor in its usual places", where)
+        advice = "install CANN's toolkit and the kernels of this chip, and source its set_env.sh"
+        yield error("cann", "not found, neither by ASCEND_HOME_PATH nor in its usual places", advice)
     else:
         yield judged("cann", found, "install one of these and source its set_env.sh")
 
