@@ -15,6 +15,7 @@ from config.serving_config import Target
 from config.version import __version__
 
 REPORT_VERSION = 1  # of the shape of the data, which docs/doctor.md describes
+LONGEST = 300  # characters of a cell
 
 
 def as_data(target: Target, doctor: Mapping[str, Any], stages: Sequence[StageResult]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield "| stage | outcome | seconds | |"
     yield "|---|---|--:|---|"
     for stage in data["stages"]:
-        found = " ".join(stage["found"].split()).replace("|", "\\|")
+        found = " ".join(stage["found"].split())[:LONGEST].replace("|", "\\|")  # whole in the data
         yield f"| {stage['stage']} | {stage['outcome']} | {stage['seconds']:.1f} | {found} |"
     yield ""
     yield "What the doctor said:"

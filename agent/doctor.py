@@ -100,7 +100,7 @@ def accept(report: Report, target: Target) -> bool:
     data = acceptance_report.as_data(target, as_json(report), stages)
     ACCEPTANCE_REPORT.parent.mkdir(parents=True, exist_ok=True)
     ACCEPTANCE_REPORT.write_text(acceptance_report.as_markdown(data), encoding="utf-8")
-    print(f"the report is {ACCEPTANCE_REPORT}", flush=True)  # noqa: T201
+    print(f"the report is {ACCEPTANCE_REPORT.relative_to(ROOT)}", flush=True)  # noqa: T201
     return bool(data["passed"])
 
 

@@ -1,8 +1,8 @@
 """The C++ operators against MindSpore's standard ones on this machine: ``python -m benchmarks.operator_check``.
 
 Each Cell of the seam between ``models.native`` and ``models.portable`` computes the same on random weights. Prints a
-line of JSON for each; the exit code is 1 if two differ by more than sums in another order
-explain, 2 if there are no C++ operators.
+line of JSON for each; the exit code is 1 if two differ by more than sums in another order explain, 2 if there are no
+C++ operators.
 """
 
 from __future__ import annotations
