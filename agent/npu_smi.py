@@ -87,7 +87,7 @@ def parse_map(text: str) -> Iterator[Chip]:
     What is no computing device (``Mcu``) has no logical number.
     """
     for line in text.splitlines():
-        match = re.match(r"[\s|]*(\d+)[\s|]+(\d+)[\s|]+(\d+)[\s|]+(?:(?:\d+|-)[\s|]+)?([A-Za-z][^|]*)", line)
+        match = re.match(r"[\s|]*(\d+)[\s|]+(\d+)[\s|]+(\d+)[\s|]+(?:(?:\d+|-)[\s|]+)?(\w[^|]*)", line)
         if match:
             yield Chip(int(match[1]), int(match[2]), int(match[3]), " ".join(match[4].split()))
 

@@ -66,7 +66,7 @@ ATLAS_A2: Answers = {
 ATLAS_A3: Answers = {
     "info -m": """| NPU ID | Chip ID | Chip Logic ID | Chip Phy-ID | Chip Name |
 | 0      | 0       | 0             | 4           | Ascend910 |
-| 0      | 1       | 1             | 5           | Ascend910 |
+| 0      | 1       | 1             | 5           | 910C      |
 | 0      | 2       | -             | -           | Mcu       |
 """,
     **chip(0, 0, health=FIELD("Health", "OK"), memory=hbm(65536), usages=usages(65536, 50)),

@@ -147,7 +147,7 @@ def test_a_deployment_for_devices_needs_one(tmp_path: Path) -> None:
         ),
         (
             fake_npu_smi.ATLAS_A3,
-            [(0, 0, 0, "Ascend910"), (0, 1, 1, "Ascend910")],
+            [(0, 0, 0, "Ascend910"), (0, 1, 1, "910C")],
             [("OK", 64 * GIB, 32 * GIB), ("Warning", 64 * GIB, 64 * GIB)],
         ),
         (
