@@ -6,6 +6,7 @@ Each stage runs the command that a user would. A stage that fails stops only tho
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,10 @@ from config.serving_config import Target
 COMMAND_SECONDS = 1800.0  # a first compilation on a device can take many minutes
 NEAR_TIES: dict[Target, float] = {"cpu": 0.01, "ascend": 0.25}  # of logits: in float32; in half the digits
 PROOF = "prefill and decode share cache and weights"  # what an agent logs once it has proved it
+OPERATOR_CHECKS: dict[Target, str] = {
+    "cpu": "benchmarks.operator_check",
+    "ascend": "benchmarks.ascend_operator_check",
+}
 LOAD = ("-c", "4", "-n", "16")  # of the benchmark: requests at a time, in all
 
 Outcome = Literal["passed", "failed", "skipped"]
@@ -62,7 +67,7 @@ class Acceptance:
 
     def run(self) -> Iterator[StageResult]:
         """Every stage, as it ends."""
-        yield self._stage("operators", check_operators)
+        yield self._stage("operators", self._check_operators)
         for name, ranks, options in (("one rank", 1, ()), ("two ranks", 2, ("--tp", "2"))):
             folder = self.folder / name.replace(" ", "_")
             yield self._stage(f"{name}: export", partial(self._export, folder, *options))
@@ -88,6 +93,15 @@ class Acceptance:
             found = str(error) or repr(error)
         seconds = round(time.monotonic() - begin, 1)
         return StageResult(stage=name, outcome=outcome, seconds=seconds, found=found, details=details)
+
+    def _check_operators(self) -> Found:
+        """Each operator against the portable one."""
+        output = command("-m", OPERATOR_CHECKS[self.target], codes=(0, 1))
+        compared: list[Details] = [msgspec.json.decode(line) for line in output.splitlines()]
+        wrong = [one["operator"] for one in compared if not one.get("difference", math.inf) <= one["tolerance"]]
+        if wrong:
+            raise Failed(f"{len(wrong)} of {len(compared)} differ: {', '.join(wrong)}", {"operators": compared})
+        return f"{len(compared)} compared", {"operators": compared}
 
     def _export(self, folder: Path, *options: str) -> Found:
         """Export the default model, for the CPU in the reference format."""
@@ -131,16 +145,6 @@ class Acceptance:
         output = command("-m", "benchmarks.load", "ours", self.url, "--model", NAME, *LOAD)
         load = msgspec.json.decode(last_line(output))
         return f"{load['tokens_per_second']:.0f} tokens/s, first token after {load['first_p50']:.0f} ms", load
-
-
-def check_operators() -> Found:
-    """Each operator against the portable one."""
-    output = command("-m", "benchmarks.operator_check", codes=(0, 1))
-    compared: list[Details] = [msgspec.json.decode(line) for line in output.splitlines()]
-    wrong = [one["operator"] for one in compared if not one["difference"] <= one["tolerance"]]
-    if wrong:
-        raise Failed(f"{len(wrong)} of {len(compared)} differ: {', '.join(wrong)}", {"operators": compared})
-    return f"{len(compared)} compared", {"operators": compared}
 
 
 def proofs(folder: Path) -> list[str]:
