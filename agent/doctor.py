@@ -1,11 +1,12 @@
 """Looks at a machine, and at a deployment if one is named: ``python -m agent.doctor [CONFIG]``.
 
-Each line is ok, a warning or an error, with what to do. Exit codes: 0, or 1 if there is an error.
+Each line is ok, a warning or an error, with what to do. Exit codes: 0, 1 if there is an error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -93,6 +94,7 @@ def as_text(report: Report) -> Iterator[str]:
 
 def accept(report: Report, target: Target) -> bool:
     """Run the whole chain and write its report: whether every stage passed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is being tried is stopped on the way
     stages = []
     for stage in Acceptance(target, ACCEPTANCE).run():
         stages.append(stage)
@@ -118,7 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(as_json(report))) + b"\n")
     else:
         print("\n".join(as_text(report)), flush=True)  # noqa: T201
-    passed = not options.accept or accept(report, "ascend" if host.present() else "cpu")
+    try:
+        passed = not options.accept or accept(report, "ascend" if host.present() else "cpu")
+    except KeyboardInterrupt:
+        return 130
     return int(worst(one for found in report.values() for one in found) == "error" or not passed)
 
 

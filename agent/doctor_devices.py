@@ -53,6 +53,7 @@ def room(needs: list[Need], states: Mapping[Chip, ChipState]) -> Iterator[Findin
     if len(ranks) > len(free):
         advice = "use fewer ranks, or make more devices visible"
         yield error("devices for the models", f"{len(ranks)} agents, {len(free)} devices", advice)
+        return
     known = sorted((size for size in free if size is not None), reverse=True)
     if len(known) < len(free):
         yield warning("memory for the models", "unknown: npu-smi does not say how much is free", "see npu-smi info")
@@ -60,4 +61,4 @@ def room(needs: list[Need], states: Mapping[Chip, ChipState]) -> Iterator[Findin
         advice = "stop what else runs there, lower cache_memory, or export for more ranks"
         yield error("memory for the models", f"a rank needs {gib(max(ranks))}; free: {gib(min(known))}", advice)
     else:
-        yield ok("memory for the models", f"{gib(max(ranks))} a rank at most; free: {gib(min(known, default=None))}")
+        yield ok("memory for the models", f"{gib(max(ranks))} a rank at most; free: {gib(min(known))}")
