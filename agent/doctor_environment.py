@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent import rank_table
 from agent.finding import Finding, error, ok, warning
+from agent.placement import VISIBLE_DEVICES, PlacementError, visible_devices
 
-VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 LOG_LEVEL = "GLOG_v"
 LAUNCH = (
     "MS_ROLE",
@@ -116,7 +115,7 @@ def rank_tables() -> Iterator[Finding]:
 
 def of_ascend(devices: list[int]) -> Iterator[Finding]:
     """Variables that matter where there are devices, given their logical numbers."""
-    yield from visible_devices(devices)
+    yield from listed_devices(devices)
     lists = {"LD_LIBRARY_PATH": "/lib64", "ASCEND_OPP_PATH": "/opp", "PYTHONPATH": "opp/built-in/op_impl/ai_core/tbe"}
     missing = [name for name, part in lists.items() if part not in os.environ.get(name, "")]
     if missing:
@@ -126,26 +125,28 @@ def of_ascend(devices: list[int]) -> Iterator[Finding]:
         yield ok("paths of CANN", f"in {', '.join(lists)}")
 
 
-def visible_devices(devices: list[int]) -> Iterator[Finding]:
-    """The devices that processes may use. CANN stops reading at the first character that it does not expect."""
-    value = os.environ.get(VISIBLE)
-    advice = f"write it like {VISIBLE}=0,1,2,3: ascending numbers, commas, no spaces"
+def listed_devices(devices: list[int]) -> Iterator[Finding]:
+    """The devices that processes may use."""
+    value = os.environ.get(VISIBLE_DEVICES)
+    advice = f"write it like {VISIBLE_DEVICES}=0,1,2,3, with devices that npu-smi info -m lists"
     if value is None:
-        yield ok(VISIBLE, "not set: every device")
+        yield ok(VISIBLE_DEVICES, "not set: every device")
         return
-    if not re.fullmatch(r"\d+(,\d+)*", value):
-        yield error(VISIBLE, f"{value!r} is no list of numbers; CANN uses the devices before the mistake", advice)
+    try:
+        absent = sorted(set(visible_devices(value)) - set(devices))
+    except PlacementError as problem:
+        yield error(VISIBLE_DEVICES, str(problem), advice)
         return
-    numbers = [int(number) for number in value.split(",")]
-    if numbers != sorted(set(numbers)):
-        yield error(VISIBLE, f"{value!r} is not ascending, or names a device twice", advice)
-    elif devices and (absent := sorted(set(numbers) - set(devices))):
-        yield error(VISIBLE, f"{value!r} names {', '.join(map(str, absent))}, which this machine does not have", advice)
+    if absent and devices:
+        yield error(VISIBLE_DEVICES, f"{value}: this machine has no {', '.join(map(str, absent))}", advice)
     else:
-        yield ok(VISIBLE, value)
+        yield ok(VISIBLE_DEVICES, value)
 
 
 def visible(devices: list[int]) -> list[int]:
-    """Those of ``devices`` that processes may use."""
-    value = os.environ.get(VISIBLE, "")
-    return [number for number in devices if str(number) in value.split(",")] if value else devices
+    """Those of ``devices`` that processes may use; what cannot be read has a finding of its own."""
+    try:
+        value = os.environ.get(VISIBLE_DEVICES)
+        return devices if value is None else [number for number in visible_devices(value) if number in devices]
+    except PlacementError:
+        return []

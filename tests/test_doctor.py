@@ -24,6 +24,7 @@ from agent import doctor, doctor_environment, npu_smi, rank_table
 from agent.ascend_host import AscendHost
 from agent.doctor_versions import firmware_version, judged, lite
 from agent.finding import Finding
+from agent.placement import VISIBLE_DEVICES
 from agent.supported_versions import SUPPORTED
 
 GIB = 1 << 30
@@ -34,7 +35,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of the machine that runs the tests counts."""
     for name in (*doctor_environment.VALUES, *doctor_environment.LAUNCH, *rank_table.VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    for name in (doctor_environment.VISIBLE, "MS_SIMULATION_LEVEL", "ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):
+    for name in (VISIBLE_DEVICES, "MS_SIMULATION_LEVEL", "ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -259,8 +260,8 @@ def test_variables_are_checked(name: str, value: str, level: str, monkeypatch: p
 
 @pytest.mark.parametrize("value", ["0, 1", "0,1,", "1,0", "1,1", "all", "0,7", ""])
 def test_lists_of_devices_that_cann_would_misread(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(doctor_environment.VISIBLE, value)
-    assert doctor.worst(doctor_environment.visible_devices([0, 1, 2, 3])) == "error"
+    monkeypatch.setenv(VISIBLE_DEVICES, value)
+    assert doctor.worst(doctor_environment.listed_devices([0, 1, 2, 3])) == "error"
 
 
 def table(**changes: Any) -> dict[str, Any]:
