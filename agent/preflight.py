@@ -36,6 +36,12 @@ def check(config: ServingConfig) -> None:
         raise LaunchError(f"logging.folder: {config.logging.folder}: {error.strerror}") from None
     if not os.access(config.logging.folder, os.W_OK):
         raise LaunchError(f"logging.folder: {config.logging.folder}: not writable")
+    for problem in problems(config):
+        raise LaunchError(problem)
+
+
+def problems(config: ServingConfig) -> Iterator[str]:
+    """All that is wrong with folders, ports, sizes and secrets, each by the key of the configuration that names it."""
     for index, model in enumerate(config.models):
         checks = (
             _model_problems(model),
@@ -45,7 +51,7 @@ def check(config: ServingConfig) -> None:
             _secret_problems(model),
         )
         for key, problem in itertools.chain.from_iterable(checks):
-            raise LaunchError(f"models[{index}].{key}: {problem}")
+            yield f"models[{index}].{key}: {problem}"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -28,13 +28,13 @@ PATIENCE_SECONDS = 20.0
 class Process:
     """One child process whose output is read as it comes. It gets a session of its own, as a daemon would."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, cwd: Path = ROOT) -> None:
         self.lines: list[str] = []
         self._ended = False
         self._changed = threading.Condition()
         self._child = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

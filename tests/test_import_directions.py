@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "kernels/": ["kernels", "config"],
     "models/": ["models", "kernels", "config"],
     "agent/": ["agent", "config"],
+    "agent/doctor_host.py": ["kernels.library"],
     "agent/model_runner.py": ["kernels.library", "models.mindir"],
     "server/": ["server", "config", "agent.protocol"],
     "client/": ["client", "server", "config"],
@@ -143,7 +144,7 @@ def test_a_wrong_turn_is_seen(file: str, code: str) -> None:
     assert wrong_turns(file, list(imports(ast.parse(code))))
 
 
-@pytest.mark.parametrize("module", ["client.server_app_post", "start", "start_agent", "agent.__main__"])
+@pytest.mark.parametrize("module", ["client.server_app_post", "start", "start_agent", "agent.__main__", "agent.doctor"])
 def test_what_needs_no_mindspore_starts_without_it(module: str) -> None:
     code = f"import sys, {module}; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
