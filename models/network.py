@@ -20,7 +20,7 @@ from models.collectives import Share
 from models.network_config import NetworkConfig, RopeScaling
 from models.weight_map import Weights
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "chunk", "decode"]
 
 
 class Network(nn.Cell):  # type: ignore[misc]

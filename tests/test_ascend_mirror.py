@@ -1,0 +1,135 @@
+"""The Cells that are exported for Ascend, run on the CPU with mirrors of the NPU's operators, against portable ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor
+from mindspore.common.np_dtype import bfloat16
+from numpy.typing import NDArray
+from paged_rows import Row, step
+from tiny_checkpoints import VOCAB_SIZE, write_tiny
+
+from agent.step_batch import StepBatch
+from models import ascend_mirror, portable
+from models.ascend_graphs import PerLayerCaches
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.network import Network
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 12
+TOLERANCE = 1e-4  # of a logit, in float32
+Array = NDArray[np.float32]
+
+
+class MirroredModel:
+    """A checkpoint's networks on mirrored operators, with one cache for all phases."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        side = ascend_mirror.mirrored(np.float32, config.context_length)
+        weights = Weights(checkpoint)
+        self.networks = {
+            phase: PerLayerCaches(Network(config, weights.get, side, phase, BLOCK_SIZE), config.num_layers)
+            for phase in ("prefill", "chunk", "decode")
+        }
+        shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        # Filled with what must not be read: a NaN would spread
+        self.caches = [Tensor.from_numpy(np.full(shape, np.nan, np.float32)) for _ in range(2 * config.num_layers)]
+
+    def run(self, phase: str, batch: StepBatch) -> Array:
+        logits: Array = self.networks[phase](*inputs_of(batch), *self.caches).asnumpy()
+        return logits
+
+
+class Weights:
+    """A checkpoint's weights as Parameters."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._made: dict[str, Parameter] = {}
+
+    def get(self, name: str) -> Parameter | None:
+        if name not in self._checkpoint.config.weight_shapes():
+            return None
+        if name not in self._made:
+            self._made[name] = Parameter(Tensor(self._checkpoint.read(name)), name=name, requires_grad=False)
+        return self._made[name]
+
+
+def inputs_of(batch: StepBatch) -> list[Tensor]:
+    arrays = batch.token_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.query_lens
+    return [Tensor(array) for array in (*arrays, batch.context_lens, batch.logits_indices)]
+
+
+def portable_logits(checkpoint: Checkpoint, tokens: list[int]) -> Array:
+    """The logits of every position, all in one call of the portable network."""
+    config = checkpoint.config
+    network = Network(config, Weights(checkpoint).get, portable, "prefill", BLOCK_SIZE)
+    shape = (config.num_layers * 2, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    cache = Tensor(np.zeros(shape, np.float32))
+    row = Row([1] * -(-len(tokens) // BLOCK_SIZE), tokens)
+    batch = step([row], [len(tokens)], BLOCK_SIZE, every_position=True)
+    logits: Array = network(*inputs_of(batch), cache, cache)[0].asnumpy()
+    return logits
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB_SIZE, count)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pynative() -> None:
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    ms.set_device("CPU")
+
+
+@pytest.mark.parametrize("family", ["llama", "internlm", "qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("internlm2", "qwen2", "llama3"))])
+def test_prefill_chunks_and_decoding_have_the_logits_of_portable_operators(family: str, tmp_path: Path) -> None:
+    write_tiny(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    model = MirroredModel(checkpoint)
+    a, b, c = Row([5, 3, 9], random_tokens(1, 40)), Row([1, 8, 2], random_tokens(2, 40)), Row([4, 7], random_tokens(3, 30))
+    expected = [portable_logits(checkpoint, row.tokens) for row in (a, b, c)]
+
+    prompts = model.run("prefill", step([a, b], [19, 5], BLOCK_SIZE, every_position=True))
+    assert_close(prompts, [expected[0][:19], expected[1][:5]])
+    mixed = model.run("chunk", step([b, a, c], [27, 1, 17], BLOCK_SIZE, every_position=True))  # a chunk, one, a prompt
+    assert_close(mixed, [expected[1][5:32], expected[0][19:20], expected[2][:17]])
+    decoded = model.run("decode", step([c, a, b], [1, 1, 1], BLOCK_SIZE))
+    assert_close(decoded, [expected[2][17:18], expected[0][20:21], expected[1][32:33]])
+
+
+def assert_close(actual: Array, expected: list[Array]) -> None:
+    assert np.abs(actual - np.concatenate(expected)).max() < TOLERANCE
+
+
+def test_negative_slots_are_not_written() -> None:
+    cache = [Tensor.from_numpy(np.zeros((2, 4, 1, 2), np.float16)) for _ in range(2)]
+    new = Tensor(np.arange(1, 7, dtype=np.float16).reshape(3, 2))
+    ascend_mirror.ReshapeAndCache()(new, new, *cache, Tensor(np.array([5, -1, 0], np.int32)))
+    written = np.zeros((8, 2))
+    written[5], written[0] = (1, 2), (5, 6)
+    for tensor in cache:
+        assert tensor.asnumpy().reshape(8, 2).tolist() == written.tolist()
+
+
+def test_what_the_operators_documentation_rules_out_is_refused() -> None:
+    numbers = Tensor(np.zeros((3, 4), bfloat16))
+    lengths = Tensor(np.array([3], np.int64))
+    triangle = Tensor(np.triu(np.ones((128, 128), bfloat16), 1))
+    flash = ascend_mirror.FlashAttentionScore(2, 1.0, 9, 9, "TH")
+    with pytest.raises(ValueError, match="int64 where Ascend's operators take int32"):
+        flash(numbers, numbers, numbers, None, None, None, triangle, None, lengths, lengths)
+    lengths = Tensor(np.array([1, 3], np.int32))  # summed up, as layout TND would have it
+    with pytest.raises(ValueError, match="lengths do not add up to the tokens"):
+        flash(numbers, numbers, numbers, None, None, None, triangle, None, lengths, lengths)
+    cache = Tensor(np.zeros((2, 2, 2, 2), np.float16))
+    with pytest.raises(ValueError, match=r"BFloat16 into a cache of Float16"):
+        ascend_mirror.ReshapeAndCache()(numbers, numbers, cache, cache, Tensor(np.array([1, 2, 3], np.int32)))
+    paged = ascend_mirror.PagedAttention(2, 1.0, 2)
+    with pytest.raises(ValueError, match="a block is beyond the cache"):
+        one = Tensor(np.array([1], np.int32))
+        paged(numbers[:1], cache, cache, Tensor(np.array([[2]], np.int32)), one)
