@@ -97,6 +97,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ManifestError: it does not.
         """
+        if self.target == "ascend" and dtype != self.weights:
+            raise ManifestError(f"{self.name} has a cache of its weights' dtype on Ascend: {self.weights}, not {dtype}")
         if self.cache_write == "host" and dtype not in HOST_CACHE_DTYPES:
             raise ManifestError(
                 f"{self.name} was exported with standard operators, whose cache is {' or '.join(HOST_CACHE_DTYPES)}, "

@@ -20,7 +20,7 @@ import yaml
 from config.server_config import Port, Positive, PositiveSeconds, Seconds, ServerConfig, is_loopback, server_problems
 
 Target = Literal["cpu", "ascend", "standin"]
-WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
+WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 StandinFault = Literal["raise", "crash", "hang", "differ"]
 

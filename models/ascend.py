@@ -37,6 +37,7 @@ from config.serving_config import WeightFormat
 from models.network_config import NetworkConfig
 from models.weight_map import Weights, WeightSource
 
+MAX_STEP_TOKENS = None  # as many as the configuration allows
 PHASES = ("prefill", "chunk", "decode")
 DTYPES = {"bfloat16": bfloat16, "float16": np.float16}  # that the NPU's attention takes
 UNBOUNDED = 2147483647  # tokens: FlashAttentionScore looks at all that its mask leaves

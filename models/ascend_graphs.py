@@ -7,6 +7,7 @@ the file that all graphs share.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,17 @@ def write_rank(
         weights_file = mindir.WeightsFile(file)
         for phase in ascend.PHASES:
             logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-            network = Network(config, Shapes(config, weights).get, side, phase, block_size, share)
-            path = folder / f"{phase}.mindir"
-            write_graph(network, path, graph_inputs(config, weights, block_size), weights_file, source, weights)
-            contracts.add(mindir.inputs(mindir.read(path)))
+            shapes = Shapes(config, weights)
+            network = Network(config, shapes.get, side, phase, block_size, share)
+            cell, path = PerLayerCaches(network, config.num_layers), folder / f"{phase}.mindir"
+            parameters = compile_graph(cell, path, graph_inputs(config, weights, block_size))
+            constants = network.parameters_dict()
+
+            def bytes_of(parameter: str) -> bytes:
+                name = shapes.name(constants[parameter])
+                return (constants[parameter].asnumpy() if name is None else ascend.read(source, name, weights)).tobytes()
+
+            contracts.add(complete_graph(path, parameters, input_names(config.num_layers), weights_file, bytes_of))
     assert len(contracts) == 1, "the graphs take different inputs"
     return contracts.pop(), (GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size)),)
 
@@ -88,6 +96,10 @@ class Shapes:
             self._made[name] = Parameter(nothing, name=name, requires_grad=False)
         return self._made[name]
 
+    def name(self, parameter: Parameter) -> str | None:
+        """Which weight that is, whatever a Cell calls it, or None if it is a constant of the network."""
+        return next((name for name, made in self._made.items() if made is parameter), None)
+
 
 def graph_inputs(config: NetworkConfig, weights: WeightFormat, block_size: int) -> list[Tensor]:
     """Placeholders for the arguments of ``PerLayerCaches.construct``. The cache's number of blocks stays open."""
@@ -102,33 +114,31 @@ def input_names(num_layers: int) -> tuple[str, ...]:
     return (*NAMES, *(f"{kind}_cache_{layer}" for kind in ("key", "value") for layer in range(num_layers)))
 
 
-def write_graph(
-    network: Network,
-    path: Path,
-    inputs: list[Tensor],
-    weights_file: mindir.WeightsFile,
-    source: WeightSource,
-    weights: WeightFormat,
-) -> None:
-    """Compile and write one graph, its weights to ``weights_file``."""
-    shapes = source.config.weight_shapes()
+def compile_graph(cell: nn.Cell, path: Path, inputs: list[Tensor]) -> list[Message]:
+    """Write a graph without its weights to ``path``; returns what it says of each of them."""
     taken: list[Message] = []
 
     def take(model: Any) -> None:
         taken.extend(model.graph.parameter)
-        del model.graph.parameter[:]  # MindSpore would write zeros for them
+        del model.graph.parameter[:]  # so MindSpore does not write zeros for them
 
-    def bytes_of(name: str) -> bytes:
-        value = ascend.read(source, name, weights) if name in shapes else constants[name].asnumpy()
-        return value.tobytes()
-
-    cell = PerLayerCaches(network, source.config.num_layers)
     ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR", custom_func=take)
-    constants = network.parameters_dict()
+    return taken
+
+
+def complete_graph(
+    path: Path,
+    parameters: list[Message],
+    names: tuple[str, ...],
+    weights_file: mindir.WeightsFile,
+    bytes_of: Callable[[str], bytes],
+) -> tuple[GraphTensor, ...]:
+    """Put weights into ``weights_file`` and what the graph says of them back into it; returns its inputs."""
     model = mindir.read(path)
-    model.graph.parameter.extend(taken)
+    model.graph.parameter.extend(parameters)
     for parameter in model.graph.parameter:
         weights_file.put(parameter, bytes_of)
-    mindir.name_inputs(model, input_names(source.config.num_layers))
+    mindir.name_inputs(model, names)
     path.chmod(0o644)
     path.write_bytes(model.SerializeToString())
+    return mindir.inputs(model)
