@@ -28,6 +28,7 @@ from agent.peers import Peers
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
+from agent.sharing_proof import disagreement
 from agent.step_batch import StepBatch
 from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
 from kernels import library
@@ -162,14 +163,7 @@ class ModelRunner:
         Raises:
             ManifestError: their logits differ from those of the same tokens in one prefill.
         """
-        size, vocab = self.manifest.block_size, self.manifest.vocab_size
-        errors = []
-        for tokens in (vocab * np.arange(1, 10) // 10).reshape(3, 3).tolist():
-            together = self.run(one_row(tokens, first=0, block=1, block_size=size)).values
-            self.run(one_row(tokens[:2], first=0, block=2, block_size=size))
-            apart = self.run(one_row(tokens[2:], first=2, block=2, block_size=size)).values
-            errors.append(float(np.abs(together - apart).max() / np.abs(together).max()))
-        error = float(np.median(errors))  # tokens with outliers in them round to 0.1 and more; a lost cache costs 0.4
+        error = disagreement(lambda batch: self.run(batch).values, self.manifest, apart=1)
         rounded = 0.0 if self.manifest.weights == "float32" else ROUNDED_TOLERANCE
         if not error <= max(LOGIT_TOLERANCE[self.cache_dtype], rounded):
             raise ManifestError(
@@ -352,18 +346,3 @@ def rows_of_like_length(batch: StepBatch, block_size: int) -> Iterator[NDArray[n
 def as_tensor(array: NDArray[np.int32]) -> Tensor:
     """An int32 input of a graph on memory that stays as it is during the call."""
     return Tensor.from_numpy(np.array(array, dtype=np.int32))
-
-
-def one_row(tokens: list[int], *, first: int, block: int, block_size: int) -> StepBatch:
-    """A step of one request whose tokens, from position ``first`` on, lie in one block; the last one's logits."""
-    positions = np.arange(first, first + len(tokens), dtype=np.int32)
-    one = np.ones(1, dtype=np.int32)
-    return StepBatch(
-        token_ids=np.array(tokens, dtype=np.int32),
-        positions=positions,
-        slot_mapping=positions + np.int32(block * block_size),
-        block_tables=one[:, None] * block,
-        query_lens=one * len(tokens),
-        context_lens=one * (first + len(tokens)),
-        logits_indices=one * (len(tokens) - 1),
-    )

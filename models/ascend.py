@@ -272,6 +272,36 @@ class DecoderLayer(nn.Cell):  # type: ignore[misc]
         return self.down(x, self.activate(self.gate_up(self.mlp_norm(x)), -1)), ()
 
 
+class ReadBlocks(nn.Cell):  # type: ignore[misc]
+    """The tokens of blocks i32 ``[C]`` in each of the caches: ``[C * B, K * D]`` each.
+
+    Copying takes this graph and the next: within one, MindSpore would copy whole caches between reading and writing.
+    """
+
+    def construct(self, blocks: Tensor, *caches: Tensor) -> Any:
+        tokens: Any = ()
+        for cache in caches:
+            tokens = (*tokens, ops.gather(cache, blocks, 0).reshape((-1, cache.shape[2] * cache.shape[3])))
+        return tokens
+
+
+class WriteBlocks(nn.Cell):  # type: ignore[misc]
+    """Writes such tokens to the slots i32 ``[C * B]``: first those of each cache, then the caches; returns the slots."""
+
+    def __init__(self, primitives: Any, num_layers: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.num_layers = num_layers
+        self.write = primitives.ReshapeAndCache()
+
+    def construct(self, slots: Tensor, *tokens_and_caches: Tensor) -> Tensor:
+        n = self.num_layers
+        for i in range(n):
+            keys, values = tokens_and_caches[i], tokens_and_caches[n + i]
+            written = self.write(keys, values, tokens_and_caches[2 * n + i], tokens_and_caches[3 * n + i], slots)
+            slots = ops.depend(slots, written)
+        return slots
+
+
 def table(name: str, values: NDArray[np.float32], side: Operators) -> Parameter:
     """A constant of the graph in its dtype."""
     return Parameter(Tensor(values.astype(side.dtype)), name=name, requires_grad=False)

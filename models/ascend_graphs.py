@@ -15,6 +15,7 @@ import mindspore as ms
 from google.protobuf.message import Message
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
+from mindspore.ops import auto_generate
 
 from config.manifest import GraphTensor
 from config.serving_config import WeightFormat
@@ -67,16 +68,36 @@ def write_rank(
             shapes = Shapes(config, weights)
             network = Network(config, shapes.get, side, phase, block_size, share)
             cell, path = PerLayerCaches(network, config.num_layers), folder / f"{phase}.mindir"
-            parameters = compile_graph(cell, path, graph_inputs(config, weights, block_size))
+            left_out = write_graph(cell, path, graph_inputs(config, weights, block_size), input_names(config.num_layers))
             constants = network.parameters_dict()
 
             def bytes_of(parameter: str) -> bytes:
                 name = shapes.name(constants[parameter])
                 return (constants[parameter].asnumpy() if name is None else ascend.read(source, name, weights)).tobytes()
 
-            contracts.add(complete_graph(path, parameters, input_names(config.num_layers), weights_file, bytes_of))
+            place_weights(path, left_out, weights_file, bytes_of)
+            contracts.add(mindir.inputs(mindir.read(path)))
+    write_copying(folder, config, weights, block_size)
     assert len(contracts) == 1, "the graphs take different inputs"
     return contracts.pop(), (GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size)),)
+
+
+def write_copying(folder: Path, config: NetworkConfig, weights: WeightFormat, block_size: int) -> None:
+    """Write the two graphs that copy blocks of all layers."""
+    caches = graph_inputs(config, weights, block_size)[len(NAMES) :]
+    numbers = Tensor(shape=[None], dtype=ms.int32)
+    tokens = [Tensor(shape=[None, config.num_kv_heads * config.head_dim], dtype=caches[0].dtype)] * len(caches)
+    cache_names = input_names(config.num_layers)[len(NAMES) :]
+    graphs = {
+        "read_blocks": (ascend.ReadBlocks(), [numbers, *caches], ("blocks", *cache_names)),
+        "write_blocks": (
+            ascend.WriteBlocks(auto_generate, config.num_layers),
+            [numbers, *tokens, *caches],
+            ("slots", *(f"{name}_tokens" for name in cache_names), *cache_names),
+        ),
+    }
+    for name, (cell, inputs, names) in graphs.items():
+        write_graph(cell, folder / f"{name}.mindir", inputs, names)
 
 
 class Shapes:
@@ -114,31 +135,28 @@ def input_names(num_layers: int) -> tuple[str, ...]:
     return (*NAMES, *(f"{kind}_cache_{layer}" for kind in ("key", "value") for layer in range(num_layers)))
 
 
-def compile_graph(cell: nn.Cell, path: Path, inputs: list[Tensor]) -> list[Message]:
-    """Write a graph without its weights to ``path``; returns what it says of each of them."""
-    taken: list[Message] = []
+def write_graph(cell: nn.Cell, path: Path, inputs: list[Tensor], names: tuple[str, ...]) -> list[Message]:
+    """Write a graph to ``path``, its inputs under these names; returns what it says of its weights, which it lacks."""
+    weights: list[Message] = []
 
     def take(model: Any) -> None:
-        taken.extend(model.graph.parameter)
+        weights.extend(model.graph.parameter)
         del model.graph.parameter[:]  # so MindSpore does not write zeros for them
 
     ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR", custom_func=take)
-    return taken
-
-
-def complete_graph(
-    path: Path,
-    parameters: list[Message],
-    names: tuple[str, ...],
-    weights_file: mindir.WeightsFile,
-    bytes_of: Callable[[str], bytes],
-) -> tuple[GraphTensor, ...]:
-    """Put weights into ``weights_file`` and what the graph says of them back into it; returns its inputs."""
     model = mindir.read(path)
-    model.graph.parameter.extend(parameters)
-    for parameter in model.graph.parameter:
-        weights_file.put(parameter, bytes_of)
     mindir.name_inputs(model, names)
     path.chmod(0o644)
     path.write_bytes(model.SerializeToString())
-    return mindir.inputs(model)
+    return weights
+
+
+def place_weights(
+    path: Path, weights: list[Message], weights_file: mindir.WeightsFile, bytes_of: Callable[[str], bytes]
+) -> None:
+    """Put the weights of a graph into ``weights_file``, and where they are there into the graph."""
+    model = mindir.read(path)
+    model.graph.parameter.extend(weights)
+    for parameter in model.graph.parameter:
+        weights_file.put(parameter, bytes_of)
+    path.write_bytes(model.SerializeToString())

@@ -4,89 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 from mindspore.common.np_dtype import bfloat16
-from numpy.typing import NDArray
+from mirrored_network import BLOCK_SIZE, Array, MirroredModel, portable_logits
 from paged_rows import Row, step
 from tiny_checkpoints import VOCAB_SIZE, write_tiny
 
-from agent.step_batch import StepBatch
-from models import ascend_mirror, portable
-from models.ascend_graphs import PerLayerCaches
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.network import Network
+from models import ascend_mirror
+from models.checkpoint import open_checkpoint
 
-BLOCK_SIZE, NUM_BLOCKS = 16, 12
 TOLERANCE = 1e-4  # of a logit, in float32
-Array = NDArray[np.float32]
-
-
-class MirroredModel:
-    """A checkpoint's networks on mirrored operators, with one cache for all phases."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        side = ascend_mirror.mirrored(np.float32, config.context_length)
-        weights = Weights(checkpoint)
-        self.networks = {
-            phase: PerLayerCaches(Network(config, weights.get, side, phase, BLOCK_SIZE), config.num_layers)
-            for phase in ("prefill", "chunk", "decode")
-        }
-        shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        # Filled with what must not be read: a NaN would spread
-        self.caches = [Tensor.from_numpy(np.full(shape, np.nan, np.float32)) for _ in range(2 * config.num_layers)]
-
-    def run(self, phase: str, batch: StepBatch) -> Array:
-        logits: Array = self.networks[phase](*inputs_of(batch), *self.caches).asnumpy()
-        return logits
-
-
-class Weights:
-    """A checkpoint's weights as Parameters."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._made: dict[str, Parameter] = {}
-
-    def get(self, name: str) -> Parameter | None:
-        if name not in self._checkpoint.config.weight_shapes():
-            return None
-        if name not in self._made:
-            self._made[name] = Parameter(Tensor(self._checkpoint.read(name)), name=name, requires_grad=False)
-        return self._made[name]
-
-
-def inputs_of(batch: StepBatch) -> list[Tensor]:
-    arrays = batch.token_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.query_lens
-    return [Tensor(array) for array in (*arrays, batch.context_lens, batch.logits_indices)]
-
-
-def portable_logits(checkpoint: Checkpoint, tokens: list[int]) -> Array:
-    """The logits of every position, all in one call of the portable network."""
-    config = checkpoint.config
-    network = Network(config, Weights(checkpoint).get, portable, "prefill", BLOCK_SIZE)
-    shape = (config.num_layers * 2, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    cache = Tensor(np.zeros(shape, np.float32))
-    row = Row([1] * -(-len(tokens) // BLOCK_SIZE), tokens)
-    batch = step([row], [len(tokens)], BLOCK_SIZE, every_position=True)
-    logits: Array = network(*inputs_of(batch), cache, cache)[0].asnumpy()
-    return logits
+SLOW = ("llama3", "internlm2", "qwen2")
+FAMILIES = ("internlm", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 
 def random_tokens(seed: int, count: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB_SIZE, count)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def pynative() -> None:
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    ms.set_device("CPU")
-
-
-@pytest.mark.parametrize("family", ["llama", "internlm", "qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("internlm2", "qwen2", "llama3"))])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_chunks_and_decoding_have_the_logits_of_portable_operators(family: str, tmp_path: Path) -> None:
     write_tiny(family, tmp_path)
     checkpoint = open_checkpoint(tmp_path)

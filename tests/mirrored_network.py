@@ -1,0 +1,76 @@
+"""The Cells that are exported for Ascend, on the CPU: with mirrors of the NPU's operators, and what they must agree with."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+from numpy.typing import NDArray
+from paged_rows import Row, step
+
+from agent.ascend_runner import Graphs
+from agent.step_batch import StepBatch
+from models import ascend, ascend_mirror, portable
+from models.ascend_graphs import PerLayerCaches
+from models.checkpoint import Checkpoint
+from models.network import Network
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 12
+Array = NDArray[np.float32]
+
+
+class MirroredModel:
+    """A checkpoint's networks on mirrored operators, with one cache for all phases. MindSpore is set to run them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        ms.set_device("CPU")
+        config = checkpoint.config
+        side = ascend_mirror.mirrored(np.float32, config.context_length)
+        weights = Weights(checkpoint)
+        self.networks = {
+            phase: PerLayerCaches(Network(config, weights.get, side, phase, BLOCK_SIZE), config.num_layers)
+            for phase in ("prefill", "chunk", "decode")
+        }
+        shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        # Filled with what must not be read: a NaN would spread
+        self.caches = [Tensor.from_numpy(np.full(shape, np.nan, np.float32)) for _ in range(2 * config.num_layers)]
+        self.graphs = Graphs(
+            self.networks, ascend.ReadBlocks(), ascend.WriteBlocks(ascend_mirror, config.num_layers)
+        )
+
+    def run(self, phase: str, batch: StepBatch) -> Array:
+        logits: Array = self.networks[phase](*inputs_of(batch), *self.caches).asnumpy()
+        return logits
+
+
+class Weights:
+    """A checkpoint's weights as Parameters."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._made: dict[str, Parameter] = {}
+
+    def get(self, name: str) -> Parameter | None:
+        if name not in self._checkpoint.config.weight_shapes():
+            return None
+        if name not in self._made:
+            self._made[name] = Parameter(Tensor(self._checkpoint.read(name)), name=name, requires_grad=False)
+        return self._made[name]
+
+
+def inputs_of(batch: StepBatch) -> list[Tensor]:
+    arrays = batch.token_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.query_lens
+    return [Tensor(array) for array in (*arrays, batch.context_lens, batch.logits_indices)]
+
+
+def portable_logits(checkpoint: Checkpoint, tokens: list[int]) -> Array:
+    """The logits of every position, all in one call of the portable network."""
+    config = checkpoint.config
+    network = Network(config, Weights(checkpoint).get, portable, "prefill", BLOCK_SIZE)
+    shape = (config.num_layers * 2, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    cache = Tensor(np.zeros(shape, np.float32))
+    row = Row([1] * -(-len(tokens) // BLOCK_SIZE), tokens)
+    batch = step([row], [len(tokens)], BLOCK_SIZE, every_position=True)
+    logits: Array = network(*inputs_of(batch), cache, cache)[0].asnumpy()
+    return logits
