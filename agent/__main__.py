@@ -51,7 +51,7 @@ def _load(settings: AgentSettings) -> tuple[TimedRunner, Agent]:
     where = place(settings)
     if model.target == "ascend":
         logger.info("device %d, which the host numbers %d", where.device, host_device(where.device))
-    runner = TimedRunner(open_runner(model, where), limits)
+    runner = TimedRunner(open_runner(model, where, limits), limits)
     agent = Agent(runner, limits, rank=where.rank, world_size=where.world_size)
     agent.warm_up()
     return runner, agent

@@ -217,7 +217,7 @@ def take_device(device: int) -> None:
     """
     if not ms.hal.is_available("Ascend"):
         raise ManifestError(
-            f"target: ascend needs an Ascend NPU with its driver and CANN, and MindSpore {ms.__version__} finds none here"
+            f"target: ascend needs an Ascend NPU with driver and CANN, and MindSpore {ms.__version__} finds none here"
         )
     ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0", "infer_boost": "on"})
     ms.set_device("Ascend", device)

@@ -63,7 +63,7 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
         except ManifestError as error:
             yield "weights", str(error)
     block_bytes = manifest.cache_block_bytes(cache_dtype)
-    if model.cache_bytes < MIN_BLOCKS * block_bytes:
+    if model.cache_bytes is not None and model.cache_bytes < MIN_BLOCKS * block_bytes:
         yield "cache_memory", f"{model.cache_memory} holds fewer than {MIN_BLOCKS} blocks of {block_bytes} bytes"
 
 

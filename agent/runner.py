@@ -10,7 +10,7 @@ from agent.placement import Place
 from agent.protocol import Ints
 from agent.step_batch import StepBatch
 from config.manifest import Manifest
-from config.serving_config import ModelConfig
+from config.serving_config import LimitsConfig, ModelConfig
 
 
 class RunnerBroken(RuntimeError):
@@ -50,13 +50,20 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(config: ModelConfig, place: Place) -> Runner:
-    """The runner of one rank of a model, ready to run.
+def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runner:
+    """The runner of one rank of a model, ready to run steps within ``limits``.
 
     Raises:
         ManifestError: the folder holds no model that can be run.
     """
     folder = Path(config.path)
+    if config.target == "ascend":
+        from agent.ascend_runner import open_ascend_runner  # as below
+
+        return open_ascend_runner(
+            folder, place, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, limits=limits
+        )
+    assert config.cache_bytes is not None, "only an NPU's memory is left to its agent"
     if config.target == "standin":
         from agent.arithmetic_model import ArithmeticModel
 

@@ -12,7 +12,7 @@ from config.manifest import Manifest
 
 
 def disagreement(run: Callable[[StepBatch], Floats], manifest: Manifest, *, apart: int) -> float:
-    """How far the logits of three tokens in one step are from those where the last ``apart`` come in a step of their own.
+    """How far the logits of three tokens in one step are from those where the last ``apart`` come in a later step.
 
     ``run`` gives a step's logits. The result is relative to the largest logit: the median of three tries, since tokens
     with outliers in them round to 0.1 and more; a cache that is not shared costs 0.4.

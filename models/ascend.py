@@ -34,11 +34,12 @@ from mindspore.ops import auto_generate
 from numpy.typing import NDArray
 
 from config.serving_config import WeightFormat
+from models.network import Phase
 from models.network_config import NetworkConfig
 from models.weight_map import Weights, WeightSource
 
 MAX_STEP_TOKENS = None  # as many as the configuration allows
-PHASES = ("prefill", "chunk", "decode")
+PHASES: tuple[Phase, ...] = ("prefill", "chunk", "decode")
 DTYPES = {"bfloat16": bfloat16, "float16": np.float16}  # that the NPU's attention takes
 UNBOUNDED = 2147483647  # tokens: FlashAttentionScore looks at all that its mask leaves
 PREFILL_MASK = 128  # tokens: rows and columns of the triangle that FlashAttentionScore tiles over a row of any length
@@ -188,7 +189,9 @@ class Geometry(nn.Cell):  # type: ignore[misc]
             triangle = np.triu(np.full((PREFILL_MASK, PREFILL_MASK), masked, np.float32), 1)
             self.mask = table("prefill_mask", triangle, side)
         elif phase == "chunk":
-            self.places = Parameter(Tensor(np.arange(side.context_length, dtype=np.int32)), name="places", requires_grad=False)
+            self.places = Parameter(
+                Tensor(np.arange(side.context_length, dtype=np.int32)), name="places", requires_grad=False
+            )
 
     def construct(
         self, positions: Tensor, slot_mapping: Tensor, block_tables: Tensor, query_lens: Tensor, context_lens: Tensor
@@ -215,7 +218,9 @@ class Attention(nn.Cell):  # type: ignore[misc]
         self.k_norm = None if k_norm is None else RMSNorm(primitives, k_norm, config.norm_eps)
         scale = 1.0 / math.sqrt(head_dim)
         self.split = auto_generate.SplitWithSize()
-        self.rotate = primitives.ApplyRotaryPosEmb(2)  # 2: cos and sin have a row for each token, halves not interleaved
+        self.rotate = primitives.ApplyRotaryPosEmb(
+            2
+        )  # 2: cos and sin have a row for each token, halves not interleaved
         self.write = primitives.ReshapeAndCache()
         self.flash = primitives.FlashAttentionScore(
             head_num=heads, scale_value=scale, pre_tokens=UNBOUNDED, next_tokens=UNBOUNDED, input_layout="TH"
@@ -286,7 +291,7 @@ class ReadBlocks(nn.Cell):  # type: ignore[misc]
 
 
 class WriteBlocks(nn.Cell):  # type: ignore[misc]
-    """Writes such tokens to the slots i32 ``[C * B]``: first those of each cache, then the caches; returns the slots."""
+    """Writes such tokens to slots i32 ``[C * B]``: given first those of each cache, then the caches."""
 
     def __init__(self, primitives: Any, num_layers: int) -> None:
         super().__init__(auto_prefix=False)

@@ -65,20 +65,17 @@ def write_rank(
         weights_file = mindir.WeightsFile(file)
         for phase in ascend.PHASES:
             logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-            shapes = Shapes(config, weights)
-            network = Network(config, shapes.get, side, phase, block_size, share)
-            cell, path = PerLayerCaches(network, config.num_layers), folder / f"{phase}.mindir"
-            left_out = write_graph(cell, path, graph_inputs(config, weights, block_size), input_names(config.num_layers))
-            constants = network.parameters_dict()
-
-            def bytes_of(parameter: str) -> bytes:
-                name = shapes.name(constants[parameter])
-                return (constants[parameter].asnumpy() if name is None else ascend.read(source, name, weights)).tobytes()
-
-            place_weights(path, left_out, weights_file, bytes_of)
+            hollow = HollowWeights(source, weights)
+            network = Network(config, hollow.get, side, phase, block_size, share)
+            path = folder / f"{phase}.mindir"
+            inputs = graph_inputs(config, weights, block_size)
+            left_out = write_graph(
+                PerLayerCaches(network, config.num_layers), path, inputs, input_names(config.num_layers)
+            )
+            place_weights(path, left_out, weights_file, hollow.reader(network))
             contracts.add(mindir.inputs(mindir.read(path)))
-    write_copying(folder, config, weights, block_size)
     assert len(contracts) == 1, "the graphs take different inputs"
+    write_copying(folder, config, weights, block_size)
     return contracts.pop(), (GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size)),)
 
 
@@ -100,12 +97,13 @@ def write_copying(folder: Path, config: NetworkConfig, weights: WeightFormat, bl
         write_graph(cell, folder / f"{name}.mindir", inputs, names)
 
 
-class Shapes:
-    """The weights of a network as Parameters that have dtype and shape, and no memory."""
+class HollowWeights:
+    """A network's weights as Parameters that have dtype and shape, and no memory."""
 
-    def __init__(self, config: NetworkConfig, weights: WeightFormat) -> None:
-        self._shapes = config.weight_shapes()
-        self._dtype = getattr(ms, weights)
+    def __init__(self, source: WeightSource, weights: WeightFormat) -> None:
+        self._source = source
+        self._weights = weights
+        self._shapes = source.config.weight_shapes()
         self._made: dict[str, Parameter] = {}
 
     def get(self, name: str) -> Parameter | None:
@@ -113,13 +111,22 @@ class Shapes:
         if name not in self._shapes:
             return None
         if name not in self._made:
-            nothing = initializer("zeros", self._shapes[name], self._dtype)  # made when it is asked for: never
+            nothing = initializer("zeros", self._shapes[name], getattr(ms, self._weights))  # made if asked for: never
             self._made[name] = Parameter(nothing, name=name, requires_grad=False)
         return self._made[name]
 
-    def name(self, parameter: Parameter) -> str | None:
-        """Which weight that is, whatever a Cell calls it, or None if it is a constant of the network."""
-        return next((name for name, made in self._made.items() if made is parameter), None)
+    def reader(self, network: Network) -> Callable[[str], bytes]:
+        """What the parameters of a network hold, by the names that its Cells give them: weights, and its constants."""
+        parameters = network.parameters_dict()
+        names = {id(parameter): name for name, parameter in self._made.items()}
+
+        def read(parameter: str) -> bytes:
+            name = names.get(id(parameters[parameter]))
+            if name is None:
+                return bytes(parameters[parameter].asnumpy().tobytes())
+            return ascend.read(self._source, name, self._weights).tobytes()
+
+        return read
 
 
 def graph_inputs(config: NetworkConfig, weights: WeightFormat, block_size: int) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """What each Ascend operator of ``models.ascend`` is taken to do, in NumPy, under its name and with its arguments.
 
 A network of ``models.ascend``'s Cells on these operators runs on the CPU (in MindSpore's pynative mode) and can be
-compared with ``models.portable``; an operator on an NPU can be compared with its mirror. Sums are float32. What a kernel
-would do with input that its documentation rules out is unknown, so here it is an error.
+compared with ``models.portable``; an operator on an NPU can be compared with its mirror. Sums are float32. What a
+kernel would do with input that its documentation rules out is unknown, so here it is an error.
 
 Nothing here has been compared with an NPU. ``docs/ascend.md`` lists where each assumption comes from.
 """
@@ -87,9 +87,7 @@ class FlashAttentionScore:
     a triangle of 128 x 128 that holds for rows of any length. The result is the last of four.
     """
 
-    def __init__(
-        self, head_num: int, scale_value: float, pre_tokens: int, next_tokens: int, input_layout: str
-    ) -> None:
+    def __init__(self, head_num: int, scale_value: float, pre_tokens: int, next_tokens: int, input_layout: str) -> None:
         require(input_layout == "TH", f"FlashAttentionScore: layout {input_layout}; used and mirrored is TH")
         self._heads, self._scale = head_num, scale_value
 

@@ -312,7 +312,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or {MODELS_FOLDER}/NAME"
     )
     parser.add_argument(
-        "--target", choices=("cpu", "ascend"), default="cpu", help="what the model is to run on; exported on any machine"
+        "--target",
+        choices=("cpu", "ascend"),
+        default="cpu",
+        help="what the model is to run on; exported on any machine",
     )
     parser.add_argument(
         "--operators", choices=("auto", "native", "portable"), default="auto", help="only of --target cpu"

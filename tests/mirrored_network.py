@@ -1,4 +1,4 @@
-"""The Cells that are exported for Ascend, on the CPU: with mirrors of the NPU's operators, and what they must agree with."""
+"""The Cells that are exported for Ascend, on mirrors of the NPU's operators, and what they must agree with."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ class MirroredModel:
         shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
         # Filled with what must not be read: a NaN would spread
         self.caches = [Tensor.from_numpy(np.full(shape, np.nan, np.float32)) for _ in range(2 * config.num_layers)]
-        self.graphs = Graphs(
-            self.networks, ascend.ReadBlocks(), ascend.WriteBlocks(ascend_mirror, config.num_layers)
-        )
+        self.graphs = Graphs(self.networks, ascend.ReadBlocks(), ascend.WriteBlocks(ascend_mirror, config.num_layers))
 
     def run(self, phase: str, batch: StepBatch) -> Array:
         logits: Array = self.networks[phase](*inputs_of(batch), *self.caches).asnumpy()

@@ -11,7 +11,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
-from mindspore.common.np_dtype import bfloat16
 from mindspore.train.mind_ir_pb2 import ModelProto
 from tiny_checkpoints import write_tiny
 

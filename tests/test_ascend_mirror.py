@@ -29,7 +29,11 @@ def test_prefill_chunks_and_decoding_have_the_logits_of_portable_operators(famil
     write_tiny(family, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     model = MirroredModel(checkpoint)
-    a, b, c = Row([5, 3, 9], random_tokens(1, 40)), Row([1, 8, 2], random_tokens(2, 40)), Row([4, 7], random_tokens(3, 30))
+    a, b, c = (
+        Row([5, 3, 9], random_tokens(1, 40)),
+        Row([1, 8, 2], random_tokens(2, 40)),
+        Row([4, 7], random_tokens(3, 30)),
+    )
     expected = [portable_logits(checkpoint, row.tokens) for row in (a, b, c)]
 
     prompts = model.run("prefill", step([a, b], [19, 5], BLOCK_SIZE, every_position=True))
@@ -68,6 +72,6 @@ def test_what_the_operators_documentation_rules_out_is_refused() -> None:
     with pytest.raises(ValueError, match=r"BFloat16 into a cache of Float16"):
         ascend_mirror.ReshapeAndCache()(numbers, numbers, cache, cache, Tensor(np.array([1, 2, 3], np.int32)))
     paged = ascend_mirror.PagedAttention(2, 1.0, 2)
+    one = Tensor(np.array([1], np.int32))
     with pytest.raises(ValueError, match="a block is beyond the cache"):
-        one = Tensor(np.array([1], np.int32))
         paged(numbers[:1], cache, cache, Tensor(np.array([[2]], np.int32)), one)

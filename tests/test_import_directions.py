@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "models/": ["models", "kernels", "config"],
     "agent/": ["agent", "config"],
     "agent/model_runner.py": ["kernels.library", "models.mindir"],
+    "agent/ascend_runner.py": ["models.mindir"],
     "server/": ["server", "config", "agent.protocol"],
     "client/": ["client", "server", "config"],
     "start_agent.py": ["agent", "config"],
@@ -63,7 +64,7 @@ IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select"
 UNRESOLVABLE = {"mindformers": ["models/mindformers_export.py"]}  # no extra could install it: see docs/mindformers.md
 OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
 # agent/collective.py: ranks meet in MindSpore, at a process that has no runner.
-MINDSPORE_IN = ("agent/collective.py", "agent/model_runner.py", "models/", "kernels/")
+MINDSPORE_IN = ("agent/collective.py", "agent/model_runner.py", "agent/ascend_runner.py", "models/", "kernels/")
 
 
 def sources() -> list[str]:

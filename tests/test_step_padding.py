@@ -16,7 +16,9 @@ rows = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, m
 
 
 def step_of(lengths: list[tuple[int, int]]) -> StepBatch:
-    built = [Row([5 * i + 1 + j for j in range(5)], list(range(70)), computed=old) for i, (_, old) in enumerate(lengths)]
+    built = [
+        Row([5 * i + 1 + j for j in range(5)], list(range(70)), computed=old) for i, (_, old) in enumerate(lengths)
+    ]
     return step(built, [new for new, _ in lengths], BLOCK_SIZE)
 
 
