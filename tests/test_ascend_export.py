@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
+from ascend_contract import Exported, assert_contract, assert_operators, export_rank, operators
 from mindspore import nn
-from mindspore.train.mind_ir_pb2 import ModelProto
 from tiny_checkpoints import write_tiny
 
-from config.serving_config import WeightFormat
+from config.manifest import GraphTensor
 from models import ascend, mindir
-from models.ascend_graphs import input_names, write_rank
 from models.checkpoint import open_checkpoint
-from models.collectives import WORLD_GROUP, AllReduce, Share
-from models.network_config import NetworkConfig
-from models.sharding import Shard
-from models.weight_map import WeightSource
 
 ROOT = Path(__file__).parent.parent
-STRUCTURE = {"Constant", "Load", "UpdateState", "Depend", "MakeTuple", "TupleGetItem"}  # no operators
-ATTENTION = {"prefill": "FlashAttentionScore", "chunk": "PagedAttention", "decode": "PagedAttention"}
-LENGTHS = ["Cast", "TensorToTuple"]  # FlashAttentionScore's lengths, for each of its two lists
-MASK = ["ExpandDims", "Greater", "Cast", "Muls"]
-OWN_TOKENS = ["Sub", "GreaterEqual", "LessScalar", "LogicalAnd", "Cast", "Cast", "Mul", "Mul", "ExpandDims"]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One rank's graphs in a folder."""
-
-    folder: Path
-    source: WeightSource
-    ranks: int
-    weights: WeightFormat
-
-    def graph(self, phase: str) -> ModelProto:
-        return mindir.read(self.folder / f"{phase}.mindir")
-
-
-def export_rank(whole: WeightSource, folder: Path, rank: int, ranks: int, weights: WeightFormat) -> Exported:
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device("CPU")
-    shard = Shard(whole, rank, ranks) if ranks > 1 else None
-    share = Share(shard.first_token, AllReduce(WORLD_GROUP["ascend"])) if shard else None
-    folder.mkdir()
-    write_rank(shard or whole, folder, weights, 128, share)
-    return Exported(folder, shard or whole, ranks, weights)
 
 
 @pytest.fixture(
@@ -86,6 +51,22 @@ def test_inputs_and_outputs_are_the_contract(exported: Exported) -> None:
         assert_contract(exported, phase)
 
 
+def test_blocks_are_copied_by_reading_and_writing_them(exported: Exported) -> None:
+    config = exported.source.config
+    caches = tuple(tensor for tensor in mindir.inputs(exported.graph("decode")) if "_cache_" in tensor.name)
+    read, write = exported.graph("read_blocks"), exported.graph("write_blocks")
+    assert operators(read) == ["Gather", "Reshape"] * len(caches)
+    assert mindir.inputs(read) == (GraphTensor(name="blocks", dtype="int32", shape=(-1,)), *caches)
+    assert operators(write) == ["ReshapeAndCache"] * config.num_layers
+    slots, *rest = mindir.inputs(write)
+    assert (slots.name, slots.dtype, slots.shape) == ("slots", "int32", (-1,))
+    assert tuple(rest[len(caches) :]) == caches
+    width = config.num_kv_heads * config.head_dim
+    assert [(tensor.dtype, tensor.shape) for tensor in rest[: len(caches)]] == [(exported.weights, (-1, width))] * len(
+        caches
+    )
+
+
 def test_every_weight_of_the_file_is_the_checkpoints(exported: Exported) -> None:
     dtype = ascend.DTYPES[exported.weights]
     for phase in ascend.PHASES:
@@ -101,66 +82,3 @@ def test_there_is_nothing_that_the_documents_table_does_not_list(exported: Expor
     listed = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8"), re.MULTILINE))
     for phase in ascend.PHASES:
         assert set(operators(exported.graph(phase))) <= listed
-
-
-def assert_operators(exported: Exported, phase: str) -> None:
-    config, ranks = exported.source.config, exported.ranks
-    expected_layers = layer_operators(config, phase, ranks) * config.num_layers
-    of_step = Counter(["Gather"] * 4 + ["Cast"])  # embedding, cos, sin, wanted positions; logits
-    of_step.update({"prefill": LENGTHS * 2, "chunk": MASK, "decode": []}[phase])
-    of_step.update(OWN_TOKENS if ranks > 1 else [])
-    found = operators(exported.graph(phase))
-    assert Counter(name for name in found if name in of_step) == of_step
-    rest = [name for name in found if name not in of_step]
-    assert rest == ["AllReduce"] * (ranks > 1) + expected_layers + ["RmsNorm", "MatMul"]
-    groups = {group for op, group in collectives(exported.graph(phase))}
-    assert groups == ({"hccl_world_group"} if ranks > 1 else set())
-
-
-def layer_operators(config: NetworkConfig, phase: str, ranks: int) -> list[str]:
-    """Those of one decoder layer, in their order."""
-    reduce = ["AllReduce"] * (ranks > 1)
-    by_head = [name for heads in (config.num_heads, config.num_kv_heads) for name in norm_of_heads(heads)]
-    return [
-        "RmsNorm", "MatMul", *["Add"] * config.qkv_bias, "SplitWithSize", *by_head * config.qk_norm,
-        "ApplyRotaryPosEmb", "ReshapeAndCache", ATTENTION[phase],
-        "MatMul", *["Add"] * config.output_bias, *reduce, "Add",
-        "RmsNorm", "MatMul", "Swiglu", "MatMul", *reduce, "Add",
-    ]  # fmt: skip
-
-
-def norm_of_heads(heads: int) -> list[str]:
-    """Of queries or keys; MindSpore drops the reshape of a single head."""
-    reshape = ["Reshape"] * (heads > 1)
-    return [*reshape, "RmsNorm", *reshape]
-
-
-def assert_contract(exported: Exported, phase: str) -> None:
-    config, model = exported.source.config, exported.graph(phase)
-    inputs = mindir.inputs(model)
-    assert tuple(tensor.name for tensor in inputs) == input_names(config.num_layers)
-    assert [tensor.shape for tensor in inputs[:7]] == [(-1,), (-1,), (-1,), (-1, -1), (-1,), (-1,), (-1,)]
-    assert {tensor.dtype for tensor in inputs[:7]} == {"int32"}
-    cache = (-1, 128, config.num_kv_heads, config.head_dim)
-    assert {(tensor.dtype, tensor.shape) for tensor in inputs[7:]} == {(exported.weights, cache)}
-    (output,) = model.graph.output
-    assert output.tensor[0].data_type == output.tensor[0].FLOAT
-    assert list(output.tensor[0].dims) == [-1, config.vocab_size]
-
-
-def operators(model: ModelProto) -> list[str]:
-    """The names of a graph's operators, in the order in which they stand."""
-    assert not model.functions, "a graph that calls others"
-    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
-    names = [kinds.get(node.op_type.removeprefix("REF::"), node.op_type) for node in model.graph.node]
-    return [name for name in names if name not in STRUCTURE]
-
-
-def collectives(model: ModelProto) -> list[tuple[str, str]]:
-    """The kinds of operators that belong to a group of processes, and their groups."""
-    return [
-        (primitive.op_type, attribute.s.decode())
-        for primitive in model.primitives
-        for attribute in primitive.attribute
-        if attribute.name == "group"
-    ]
