@@ -14,7 +14,8 @@ from tiny_checkpoints import write_tiny
 
 from config.manifest import GraphTensor
 from models import ascend, mindir
-from models.checkpoint import open_checkpoint
+from models.checkpoint import CheckpointError, open_checkpoint
+from models.export import ExportOptions, choose_weights, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +83,30 @@ def test_there_is_nothing_that_the_documents_table_does_not_list(exported: Expor
     listed = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8"), re.MULTILINE))
     for phase in ascend.PHASES:
         assert set(operators(exported.graph(phase))) <= listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--operators", "native"], "--operators: those of --target ascend are the NPU's own"),
+        (["--block-size", "8"], "--block-size: Ascend's attention takes multiples of 16"),
+    ],
+)
+def test_what_an_npu_does_not_take_is_refused_by_the_command(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["nothing.gguf", "--target", "ascend", *arguments])
+    assert problem in capsys.readouterr().err
+
+
+def test_weights_are_of_a_dtype_that_the_target_takes(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    for operators_, wish, problem in (
+        ("ascend", "int8", "--weights int8: Ascend's operators take bfloat16 or float16"),
+        ("native", "float16", "--weights float16: the CPU's operators do not read it; --target ascend has it"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            choose_weights(ExportOptions(operators=operators_, weights=wish), checkpoint, "")
+    assert choose_weights(ExportOptions(operators="ascend", weights="auto"), checkpoint, "") == "bfloat16"

@@ -43,6 +43,7 @@ STANDIN = "models: [{path: x, names: [a], agent_ports: [9], target: standin%s}]"
         ),
         (STANDIN % ", standin_faults: {'': hang}", r"models\[0\].standin_faults: an empty text"),
         (STANDIN.replace("standin", "cpu") % ", standin_faults: {a: hang}", r"models\[0\].standin_faults: only the"),
+        (STANDIN % ", cache_memory: auto", r"models\[0\].cache_memory: auto is for target ascend; write a size"),
         (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),
         (STANDIN % "" + "\nserver: {drain_seconds: .inf}", "server.drain_seconds: needs a finite"),
         (STANDIN % "" + "\nlimits: {max_queue_seconds: .inf}", "limits.max_queue_seconds: needs a finite"),
