@@ -7,6 +7,7 @@ far each part has been tried.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +99,9 @@ class AscendRunner:
         pairs = grown(copies, doubled(len(copies)), 2)  # the null block, to itself
         size = self.manifest.block_size
         slots = (pairs[:, 1:] * size + np.arange(size, dtype=np.int32)).reshape(-1)
-        tokens = self._call(self._graphs.read_blocks, as_input(pairs[:, 0]), *self._caches)
-        self._call(self._graphs.write_blocks, as_input(slots), *tokens, *self._caches)
+        with breaking():
+            tokens = self._graphs.read_blocks(as_input(pairs[:, 0]), *self._caches)
+            self._graphs.write_blocks(as_input(slots), *tokens, *self._caches)
 
     def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
@@ -110,10 +112,11 @@ class AscendRunner:
             RunnerBroken: an operator failed.
         """
         graph = self._graphs.steps[phase_of(batch)]
-        inputs = (as_input(array) for array in self._inputs_of(padded(batch)))
-        logits = self._call(graph, *inputs, *self._caches)
+        inputs = [as_input(array) for array in self._inputs_of(padded(batch))]
+        with breaking():
+            logits = graph(*inputs, *self._caches).asnumpy()
         wanted = batch.logits_indices.size
-        own = Logits.of(np.ascontiguousarray(logits.asnumpy()[:wanted]))
+        own = Logits.of(np.ascontiguousarray(logits[:wanted]))
         if self._peers is None or not wanted:
             return own
         return self._peers.candidates(own) if best_only else self._peers.logits(own)
@@ -124,18 +127,15 @@ class AscendRunner:
         for tensor in step_inputs(self.manifest):
             yield getattr(batch, names.get(tensor.name, tensor.name))
 
-    def _call(self, graph: Graph, *inputs: Tensor) -> Any:
-        try:
-            return graph(*inputs)
-        except RuntimeError as error:
-            raise RunnerBroken(str(error).strip().splitlines()[0]) from error
-
     def _caches_of(self, blocks: int) -> list[Tensor]:
         """Empty caches, one for each cache input of the graphs."""
         return [self._new_cache(tensor, blocks) for tensor in cache_inputs(self.manifest)]
 
     def _warm_up(self, limits: LimitsConfig) -> None:
-        """Run each graph on each number of tokens that steps are padded to, the largest first, in the null block."""
+        """Run each graph on each number of tokens that steps are padded to, the largest first, in the null block.
+
+        Of what is copied there is one size: every other is a first time when it comes.
+        """
         blocks = doubled(-(-self.manifest.context_length // self.manifest.block_size))
         for phase in PHASES:
             decode = phase == "decode"
@@ -143,6 +143,7 @@ class AscendRunner:
             for tokens in reversed(list(sizes_up_to(most))):
                 if decode or tokens > 1:
                     self.run(blank_step(phase, tokens, blocks, tokens if decode else 1))
+        self.copy_blocks(np.zeros((1, 2), np.int32))
         logger.info("all sizes of steps have been run")
 
     def _prove_sharing(self) -> None:
@@ -159,6 +160,19 @@ class AscendRunner:
                     f"is not what it is taken for (logits differ by {error:.1g} of the largest); see docs/ascend.md"
                 )
             logger.info("prefill and %s share caches and weights: logits agree to %.1g", phase, error)
+
+
+@contextlib.contextmanager
+def breaking() -> Iterator[None]:
+    """Where an operator may fail, at once or when its result is asked for.
+
+    Raises:
+        RunnerBroken: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunnerBroken(str(error).strip().splitlines()[0]) from error
 
 
 def step_inputs(manifest: Manifest) -> list[GraphTensor]:
@@ -203,8 +217,7 @@ def open_ascend_runner(
     peers = open_peers(folder / own, manifest, rank) if manifest.world_size > 1 else None
 
     def choose_blocks() -> int:
-        given = int(free_bytes(device) * AUTO_SHARE) if cache_bytes is None else cache_bytes
-        return cache_blocks(manifest, given, cache_dtype)
+        return cache_blocks(manifest, auto_bytes(device) if cache_bytes is None else cache_bytes, cache_dtype)
 
     return AscendRunner(folder, manifest, graphs, device_cache, choose_blocks, limits, peers)
 
@@ -229,9 +242,10 @@ def load_graphs(folder: Path, manifest: Manifest) -> Graphs:
     first: nn.GraphCell | None = None
     for phase in PHASES:
         graph = load_graph(folder / f"{phase}.mindir", placeholders(manifest, str(manifest.weights)))
-        if first is not None:
+        if first is None:
+            first = graph
+        else:
             share_weights(first, graph)
-        first = first or graph
         steps[phase] = CompiledGraph(graph)
     one, caches = Tensor(shape=[None], dtype=ms.int32), placeholders_of_caches(manifest)
     tokens = [Tensor(shape=[None, cache.shape[2] * cache.shape[3]], dtype=cache.dtype) for cache in caches]
@@ -263,6 +277,13 @@ def device_cache(tensor: GraphTensor, blocks: int) -> Tensor:
     return ops.zeros((blocks, *tensor.shape[1:]), getattr(ms, tensor.dtype))
 
 
-def free_bytes(device: int) -> int:
-    """The device's memory that nobody has."""
-    return int(ms.hal.get_device_properties(device, "Ascend").free_memory)
+def auto_bytes(device: int) -> int:
+    """What of the device's free memory becomes cache if that is left to us.
+
+    Raises:
+        ManifestError: MindSpore does not say what is free.
+    """
+    free = int(ms.hal.get_device_properties(device, "Ascend").free_memory)
+    if not free:
+        raise ManifestError("cache_memory: auto: MindSpore does not say what memory the device has free; write a size")
+    return int(free * AUTO_SHARE)

@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from ascend_contract import assert_contract, assert_operators, export_rank
+from ascend_contract import assert_contract, assert_operators, collectives, export_rank, operators
 from tiny_checkpoints import write_json, write_text_files
 
 from config.manifest import read_manifest
-from models import ascend
+from models import ascend, mindir
 from models.network_config import NetworkConfig
 from models.weight_map import Blocks, Floats, huggingface_weight_map
 
@@ -95,6 +95,9 @@ def test_the_command_streams_a_checkpoint_within_its_memory() -> None:
             2,
             16,
         )
+        gather = mindir.read(output / "rank_1" / "gather.mindir")
+        assert operators(gather) == ["AllGather"]
+        assert collectives(gather) == [("AllGather", "hccl_world_group")]
         weights = [(output / f"rank_{rank}" / "weights.bin").stat().st_size for rank in range(2)]
         assert weights[0] == weights[1]
 
