@@ -13,23 +13,26 @@ from agent.step_batch import StepBatch
 from models import ascend, ascend_mirror, portable
 from models.ascend_graphs import PerLayerCaches
 from models.checkpoint import Checkpoint
+from models.collectives import Share
 from models.network import Network
+from models.weight_map import WeightSource
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 12
 Array = NDArray[np.float32]
+
+ms.set_device("CPU")  # before the first operator runs, whichever test that is in
 
 
 class MirroredModel:
     """A checkpoint's networks on mirrored operators, with one cache for all phases. MindSpore is set to run them."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, source: WeightSource, share: Share | None = None) -> None:
         ms.set_context(mode=ms.PYNATIVE_MODE)
-        ms.set_device("CPU")
-        config = checkpoint.config
+        config = source.config
         side = ascend_mirror.mirrored(np.float32, config.context_length)
-        weights = Weights(checkpoint)
+        weights = Weights(source)
         self.networks = {
-            phase: PerLayerCaches(Network(config, weights.get, side, phase, BLOCK_SIZE), config.num_layers)
+            phase: PerLayerCaches(Network(config, weights.get, side, phase, BLOCK_SIZE, share), config.num_layers)
             for phase in ("prefill", "chunk", "decode")
         }
         shape = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
@@ -43,17 +46,17 @@ class MirroredModel:
 
 
 class Weights:
-    """A checkpoint's weights as Parameters."""
+    """A checkpoint's weights, or a rank's part of them, as Parameters."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
         self._made: dict[str, Parameter] = {}
 
     def get(self, name: str) -> Parameter | None:
-        if name not in self._checkpoint.config.weight_shapes():
+        if name not in self._source.config.weight_shapes():
             return None
         if name not in self._made:
-            self._made[name] = Parameter(Tensor(self._checkpoint.read(name)), name=name, requires_grad=False)
+            self._made[name] = Parameter(Tensor(self._source.read(name)), name=name, requires_grad=False)
         return self._made[name]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from mindspore.common.np_dtype import bfloat16
 from mirrored_network import BLOCK_SIZE, Array, MirroredModel, portable_logits
 from paged_rows import Row, step
@@ -14,6 +16,8 @@ from tiny_checkpoints import VOCAB_SIZE, write_tiny
 
 from models import ascend_mirror
 from models.checkpoint import open_checkpoint
+from models.collectives import Share
+from models.sharding import shards
 
 TOLERANCE = 1e-4  # of a logit, in float32
 SLOW = ("llama3", "internlm2", "qwen2")
@@ -75,3 +79,38 @@ def test_what_the_operators_documentation_rules_out_is_refused() -> None:
     one = Tensor(np.array([1], np.int32))
     with pytest.raises(ValueError, match="a block is beyond the cache"):
         paged(numbers[:1], cache, cache, Tensor(np.array([[2]], np.int32)), one)
+
+
+class Meeting(nn.Cell):  # type: ignore[misc]
+    """Stands for AllReduce among ranks that are threads: each brings a tensor and goes on with the sum."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.brought: dict[int, Array] = {}
+
+    def construct(self, x: Tensor) -> Tensor:
+        self.brought[threading.get_ident()] = x.asnumpy()
+        self.barrier.wait()
+        total = np.sum(list(self.brought.values()), axis=0)
+        self.barrier.wait()
+        return Tensor(total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["internlm", "qwen3"])
+def test_two_ranks_have_the_logits_of_the_whole(family: str, tmp_path: Path) -> None:
+    write_tiny(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    reduce = Meeting(2)
+    ranks = [MirroredModel(shard, Share(shard.first_token, reduce)) for shard in shards(checkpoint, 2)]
+    expected = portable_logits(checkpoint, random_tokens(1, 40))
+    row = Row([5, 3, 9], random_tokens(1, 40))
+    batches = [
+        (phase, step([row], [length], BLOCK_SIZE, every_position=True))
+        for phase, length in (("prefill", 19), ("chunk", 7), ("decode", 1))
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        for phase, batch in batches:
+            parts = threads.map(lambda rank, phase=phase, batch=batch: rank.run(phase, batch), ranks)
+            assert_close(np.concatenate(list(parts), axis=1), [expected[batch.positions]])
