@@ -19,9 +19,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
+from agent import collective
 from agent.logits import Logits
 from agent.model_runner import CompiledGraph, cache_blocks, open_peers, placeholders, share_weights
 from agent.peers import Peers
+from agent.placement import Place
 from agent.protocol import Ints
 from agent.runner import RunnerBroken
 from agent.sharing_proof import disagreement
@@ -191,14 +193,13 @@ def as_input(array: NDArray[np.int32]) -> Tensor:
 
 
 def open_ascend_runner(
-    folder: Path, rank: int, device: int, *, cache_bytes: int | None, cache_dtype: str, limits: LimitsConfig
+    folder: Path, place: Place, *, cache_bytes: int | None, cache_dtype: str, limits: LimitsConfig
 ) -> AscendRunner:
-    """The runner of one rank on an NPU, which of several ranks has joined the others already.
+    """The runner of one rank on its NPU. Of a model with several ranks, all of them do that together.
 
     Args:
         folder: what ``models.export`` wrote.
-        rank: of the model's ranks.
-        device: among those that this process sees.
+        place: the rank, and its device.
         cache_bytes: memory for keys and values; None takes most of what weights and steps leave.
         cache_dtype: a ``config.serving_config.CacheDtype``: that of the weights.
         limits: of the steps to come.
@@ -210,14 +211,16 @@ def open_ascend_runner(
     if manifest.target != "ascend":
         raise ManifestError(f"{folder}: was exported for {manifest.target}, and this agent runs models for ascend")
     manifest.check_cache_dtype(cache_dtype)
-    take_device(device)
-    own = rank_folder(rank, manifest.world_size)
+    take_device(place.device)
+    own = rank_folder(place.rank, manifest.world_size)
     verify_files(folder, manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
+    if manifest.world_size > 1:
+        collective.join(manifest.target)
     graphs = load_graphs(folder / own, manifest)
-    peers = open_peers(folder / own, manifest, rank) if manifest.world_size > 1 else None
+    peers = open_peers(folder / own, manifest, place.rank) if manifest.world_size > 1 else None
 
     def choose_blocks() -> int:
-        return cache_blocks(manifest, auto_bytes(device) if cache_bytes is None else cache_bytes, cache_dtype)
+        return cache_blocks(manifest, auto_bytes(place.device) if cache_bytes is None else cache_bytes, cache_dtype)
 
     return AscendRunner(folder, manifest, graphs, device_cache, choose_blocks, limits, peers)
 

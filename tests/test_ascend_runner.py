@@ -17,6 +17,7 @@ from paged_rows import Row, step
 from tiny_checkpoints import BOS, VOCAB_SIZE, write_tiny
 
 from agent.ascend_runner import AscendRunner, Graphs, open_ascend_runner, step_inputs, take_device
+from agent.placement import Place
 from agent.runner import RunnerBroken
 from config.manifest import GraphTensor, Manifest, ManifestError, TokenizerRules, write_manifest
 from config.serving_config import LimitsConfig
@@ -24,6 +25,7 @@ from models.ascend_graphs import NAMES, input_names
 from models.checkpoint import Checkpoint, open_checkpoint
 
 LIMITS = LimitsConfig(max_num_seqs=2, max_num_batched_tokens=8)
+PLACE = Place(rank=0, world_size=1, device=0, threads=1)
 TOLERANCE = 1e-4  # of a logit, in float32
 
 
@@ -176,10 +178,10 @@ def test_where_there_is_no_npu_it_says_so_in_one_sentence(checkpoint: Checkpoint
         take_device(0)
     write_manifest(tmp_path, manifest_of(checkpoint))
     with pytest.raises(ManifestError, match="finds none here"):
-        open_ascend_runner(tmp_path, 0, 0, cache_bytes=None, cache_dtype="float32", limits=LIMITS)
+        open_ascend_runner(tmp_path, PLACE, cache_bytes=None, cache_dtype="float32", limits=LIMITS)
 
 
 def test_the_cache_has_the_dtype_of_the_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest_of(checkpoint))
     with pytest.raises(ManifestError, match="a cache of its weights' dtype on Ascend: float32, not float16"):
-        open_ascend_runner(tmp_path, 0, 0, cache_bytes=None, cache_dtype="float16", limits=LIMITS)
+        open_ascend_runner(tmp_path, PLACE, cache_bytes=None, cache_dtype="float16", limits=LIMITS)
