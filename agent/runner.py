@@ -51,12 +51,19 @@ class Runner(Protocol):
 
 
 def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runner:
-    """The runner of one rank of a model, ready to run.
+    """The runner of one rank of a model, ready to run steps within ``limits``.
 
     Raises:
         ManifestError: the folder holds no model that can be run.
     """
     folder = Path(config.path)
+    if config.target == "ascend":
+        from agent.ascend_runner import open_ascend_runner  # as below
+
+        return open_ascend_runner(
+            folder, place, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, limits=limits
+        )
+    assert config.cache_bytes is not None, "only an NPU's memory is left to its agent"
     if config.target == "standin":
         from agent.arithmetic_model import ArithmeticModel
 

@@ -119,6 +119,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """
         if self.pair and dtype != self.pair.cache_dtype:
             raise ManifestError(f"the graphs of {self.name} hold a cache of {self.pair.cache_dtype}, not {dtype}")
+        if self.target == "ascend" and not self.pair and dtype != self.weights:
+            raise ManifestError(f"{self.name} has a cache of its weights' dtype on Ascend: {self.weights}, not {dtype}")
         if self.cache_write == "host" and dtype not in HOST_CACHE_DTYPES:
             raise ManifestError(
                 f"{self.name} was exported with standard operators, whose cache is {' or '.join(HOST_CACHE_DTYPES)}, "

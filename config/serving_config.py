@@ -21,7 +21,7 @@ from config.server_config import Port, Positive, PositiveSeconds, Seconds, Serve
 
 Target = Literal["cpu", "ascend", "standin"]
 Runtime = Literal["mindspore", "mindspore_lite"]
-WeightFormat = Literal["float32", "bfloat16", "int8", "gguf"]  # of the large weights: models.weight_format
+WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 StandinFault = Literal["raise", "crash", "hang", "differ"]
 
@@ -32,6 +32,7 @@ PROMPT_TEMPLATES = {
 }
 ChatTemplateName = Literal["internlm", "llama2"]
 ANSWER_ENDS = {"internlm": "<eoa>"}  # by template, of a prompt or a chat: what models write after an answer
+AUTO = "auto"  # of models.cache_memory
 CHAT_TEMPLATE = "chat"  # the exported model's own chat template, as one user message
 
 
@@ -98,7 +99,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     runtime: Runtime = "mindspore"
     agent_host: str = "127.0.0.1"
     weights: WeightFormat | None = None  # what the export must have; None: any
-    cache_memory: str = "1GiB"  # of each agent, for keys and values
+    cache_memory: str = "1GiB"  # of each agent, for keys and values; AUTO: most of what an NPU has left
     cache_dtype: CacheDtype = "float16"  # half the memory traffic of float32, and its text but for near ties
     threads: Positive | None = None  # of each agent; None: its share of the physical cores
     devices: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None  # one for each agent; None: 0, 1, …
@@ -125,9 +126,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return tuple(range(len(self.agent_ports))) if self.devices is None else self.devices
 
     @property
-    def cache_bytes(self) -> int:
-        """The cache budget of one agent, in bytes."""
-        return parse_size(self.cache_memory)
+    def cache_bytes(self) -> int | None:
+        """The cache budget of one agent, in bytes; None: its agent sees what its device has left."""
+        return None if self.cache_memory == AUTO else parse_size(self.cache_memory)
 
     def prompt_template(self, name: str) -> str | None:
         """The template of one served name with ``{prompt}`` in it, ``CHAT_TEMPLATE``, or None: the text as it came."""
@@ -301,8 +302,10 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
     if len(model.agent_ports) % model.data_parallel:
         ports, groups = len(model.agent_ports), model.data_parallel
         yield f"{key}.agent_ports: {ports} ports do not make {groups} groups of one size (data_parallel)"
+    if model.cache_memory == AUTO and model.target != "ascend":
+        yield f"{key}.cache_memory: {AUTO} is for target ascend; write a size like 1GiB"
     try:
-        parse_size(model.cache_memory)
+        _ = model.cache_bytes
     except ValueError as error:
         yield f"{key}.cache_memory: {error}"
     for name, template in model.prompt_templates.items():

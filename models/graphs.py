@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn
 
 from config.manifest import LOGITS_RUN, Capabilities, GraphTensor, rank_folder
 from config.serving_config import WeightFormat
-from models import mindir, portable
+from models import ascend, ascend_graphs, mindir, portable
 from models.checkpoint import Checkpoint
 from models.collectives import WORLD_GROUP, AllGather, AllReduce, Share
 from models.network import Network, Phase
@@ -37,6 +37,7 @@ def write_graphs(
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
+    group = WORLD_GROUP["ascend" if operators == "ascend" else "cpu"]
     if ranks == 1:
         contract = write_rank(checkpoint, folder, operators, weight_format, block_size, None)
     else:
@@ -44,9 +45,9 @@ def write_graphs(
             logger.info("rank %d of %d", rank, ranks)
             place = folder / rank_folder(rank, ranks)
             place.mkdir()
-            share = Share(shard.first_token, AllReduce(WORLD_GROUP["cpu"]))
+            share = Share(shard.first_token, AllReduce(group))
             own = write_rank(shard, place, operators, weight_format, block_size, share)
-            write_graph(AllGather(WORLD_GROUP["cpu"], ranks), place / "gather.mindir", dynamic(ms.float32, None, None))
+            write_graph(AllGather(group, ranks), place / "gather.mindir", dynamic(ms.float32, None, None))
             contract = contract if rank else own
             assert contract.inputs == own.inputs, "ranks take different inputs"
     logits, ints, numbers = dynamic(ms.float32, None, None), dynamic(ms.int32), dynamic(ms.float32, None)
@@ -65,6 +66,9 @@ def write_rank(
 ) -> Contract:
     """Write prefill and decode MindIR of one rank and the weights that they have in common."""
     config = source.config
+    if operators == "ascend":
+        inputs, outputs = ascend_graphs.write_rank(source, folder, weight_format, block_size, share)
+        return Contract(inputs, outputs, config.num_kv_heads)
     module = operator_module(operators)
     weights = Weights(source, module, weight_format)
     for phase in PHASES:
@@ -118,6 +122,8 @@ def operator_module(operators: str) -> ModuleType:
     """The side of the seam to build from."""
     if operators == "portable":
         return portable
+    if operators == "ascend":
+        return ascend
     from models import native  # here: it is of use only where our library can be built
 
     return native

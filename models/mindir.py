@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,9 +40,14 @@ class WeightsFile:
 
     def take(self, parameter: TensorProto, folder: Path) -> None:
         """Move one weight out of its graph, or out of the file in ``folder`` that the graph names."""
+        self.put(parameter, lambda _: parameter.raw_data or read_external(parameter, folder))
+        parameter.ClearField("raw_data")
+
+    def put(self, parameter: TensorProto, read: Callable[[str], bytes]) -> None:
+        """Let a graph find a weight here; ``read`` gives the bytes of that name if none has put it here before."""
         name = plain_name(parameter.name)
         if name not in self._places:
-            data = parameter.raw_data or read_external(parameter, folder)
+            data = read(name)
             padding = -len(data) % ALIGNMENT
             self._file.write(data)
             self._file.write(bytes(padding))
@@ -51,7 +56,6 @@ class WeightsFile:
         external = parameter.external_data
         external.location = os.path.basename(self._file.name)
         external.offset, external.length = self._places[name]
-        parameter.ClearField("raw_data")
 
 
 def read_external(parameter: TensorProto, folder: Path) -> bytes:
@@ -150,6 +154,18 @@ def link_or_copy(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def name_inputs(model: ModelProto, names: Sequence[str]) -> None:
+    """Give the graph's inputs these names, in feed order: MindSpore calls some as it likes."""
+    new = dict(zip((entry.name for entry in model.graph.input), names, strict=True))
+    for entry in model.graph.input:
+        entry.name = new[entry.name]
+        for tensor in entry.tensor:
+            tensor.name = entry.name
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def plain_name(name: str) -> str:

@@ -3,13 +3,13 @@
 Shapes: T new tokens of R rows (one row: one request's share of the step), M blocks a row of B tokens, L wanted
 positions, H query heads on K key/value heads of D numbers. All of a step's rows stand one after another in the T
 tokens, so one call holds several prompts, rows of any length and rows whose first tokens are cached. ``Phase`` says
-which rows a graph is for: *prefill* takes any, *decode* only rows of one token.
+which rows a graph is for: *prefill* takes any, *decode* only rows of one token; for Ascend *prefill* takes rows without
+cached tokens, and *chunk* any.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from models.collectives import Share
 from models.network_config import NetworkConfig, RopeScaling
 from models.weight_map import Weights
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "chunk", "decode"]
 
 
 class Network(nn.Cell):  # type: ignore[misc]
@@ -28,7 +28,7 @@ class Network(nn.Cell):  # type: ignore[misc]
 
     Inputs: ``token_ids, positions, slot_mapping`` i32 [T]; ``block_tables`` i32 [R, M]; ``query_lens, context_lens``
     i32 [R]; ``logits_indices`` i32 [L]; ``key_cache, value_cache`` [layers * num_blocks, B, K, D], where layer l's
-    block b is at l * num_blocks + b.
+    block b is at l * num_blocks + b, or for Ascend a tuple of [num_blocks, B, K, D] for each layer.
 
     Outputs: logits f32 [L, vocab] (of a rank: those of its tokens), then from C++ operators the largest of each 64
     neighbouring logits, f32 [L, ceil(vocab / 64)], from operators that leave the cache to the host every layer's new
@@ -39,12 +39,15 @@ class Network(nn.Cell):  # type: ignore[misc]
         self,
         config: NetworkConfig,
         weights: Weights,
-        operators: ModuleType,
+        operators: Any,
         phase: Phase,
         block_size: int,
         share: Share | None = None,
     ) -> None:
-        """``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's."""
+        """Build it from the Cells of ``operators``: ``portable``, ``native``, or an ``ascend.Operators``.
+
+        ``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's.
+        """
         super().__init__(auto_prefix=False)
         layer, layers = operators.LAYER[phase], range(config.num_layers)
         if share is None:

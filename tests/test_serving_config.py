@@ -58,6 +58,7 @@ LITE = "models: [{path: x, names: [a], agent_ports: [8, 9], target: ascend, runt
         ),
         (STANDIN % ", standin_faults: {'': hang}", r"models\[0\].standin_faults: an empty text"),
         (STANDIN.replace("standin", "cpu") % ", standin_faults: {a: hang}", r"models\[0\].standin_faults: only the"),
+        (STANDIN % ", cache_memory: auto", r"models\[0\].cache_memory: auto is for target ascend; write a size"),
         (STANDIN % f", cache_memory: {'9' * 400}GB", r"models\[0\].cache_memory: .* is not a size"),
         (STANDIN % "" + "\nserver: {drain_seconds: .inf}", "server.drain_seconds: needs a finite"),
         (STANDIN % "" + "\nlimits: {max_queue_seconds: .inf}", "limits.max_queue_seconds: needs a finite"),
