@@ -31,7 +31,8 @@ def needs(config: ServingConfig) -> Iterator[Need]:
             continue
         runtime = 0 if model.target == "standin" else RUNTIME_BYTES
         weights = exported // len(model.groups[0])  # each rank of a group has its part
-        yield Need(model.target, len(model.agent_ports), weights + model.cache_bytes + runtime)
+        cache = model.cache_bytes or 0  # None: what its device has left
+        yield Need(model.target, len(model.agent_ports), weights + cache + runtime)
 
 
 def gib(size: int | None) -> str:
