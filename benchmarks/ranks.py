@@ -1,0 +1,174 @@
+"""What several ranks cost on one machine: ``python -m benchmarks.ranks``, with nothing else running.
+
+Ranks on a CPU share its cores and its memory, so they are no faster. What is seen here is that the weights are divided,
+and what communication costs: a graph of nothing but a step's sums beside the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+
+from agent.placement import physical_cores
+from agent.rendezvous import Rendezvous
+from agent.step_batch import StepBatch
+from benchmarks import machine
+from benchmarks.report import FOLDER
+from models import export
+
+RANKS = (1, 2, 4)
+ROWS = (1, 8, 32)
+HIDDEN = 576  # of the default model: the numbers of a token that are summed
+CONTEXT = 128  # tokens of each row
+STEPS, WARM_STEPS = 40, 5
+CACHE_BYTES = 256 << 20
+HEAD = "| ranks | rows | step | of it sums | weights of a rank | memory of a rank |\n|--:|--:|--:|--:|--:|--:|"
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What rank 0 saw."""
+
+    steps: dict[int, float]  # seconds, by rows
+    sums: dict[int, float]  # the same without what is between them; of several ranks
+    memory: int  # bytes of its process, cache included
+
+
+def model(ranks: int) -> Path:
+    """The folder of the default model for so many ranks, exported unless it is there."""
+    folder = export.MODELS_FOLDER / f"{export.DEFAULT_FOLDER.name}-bfloat16{f'-tp{ranks}' if ranks > 1 else ''}"
+    options = export.ExportOptions(operators="native", weights="bfloat16", ranks=ranks)
+    export.export(export.default_checkpoint(), folder, options)
+    return folder
+
+
+async def measure(folder: Path, ranks: int) -> Measured:
+    """Run all ranks of an exported model, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as logs:
+        rendezvous = await Rendezvous.start("the benchmark", ranks, Path(logs) / "rendezvous") if ranks > 1 else None
+        try:
+            processes = [
+                await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "benchmarks.ranks", "--folder", str(folder), "--rank", str(rank)),
+                    *("--threads", str(max(1, physical_cores() // ranks))),
+                    stdout=asyncio.subprocess.PIPE,
+                    env={**os.environ, "GLOG_v": "3", **(rendezvous.environment(rank) if rendezvous else {})},
+                )
+                for rank in range(ranks)
+            ]
+            said = await asyncio.gather(*(process.communicate() for process in processes))
+        finally:
+            if rendezvous:
+                rendezvous.kill()
+                await rendezvous.ended()
+    return msgspec.json.decode(said[0][0].splitlines()[-1], type=Measured)
+
+
+def run_rank(folder: Path, rank: int, threads: int) -> Measured:
+    """Be one rank: time decode steps, then their sums alone."""
+    from agent.model_runner import ModelRunner  # here: it imports MindSpore, which the parent does without
+
+    runner = ModelRunner(folder, rank, cache_bytes=CACHE_BYTES, cache_dtype="float16", threads=threads)
+    steps, sums = {}, {}
+    for rows in ROWS:
+        batch = decode_step(rows, runner.manifest.block_size)
+        steps[rows] = seconds(partial(runner.run, batch, best_only=True))
+        if runner.manifest.world_size > 1:
+            sums[rows] = seconds(sums_of_a_step(rows, runner.manifest.num_layers))
+    return Measured(steps, sums, psutil.Process().memory_info().rss)
+
+
+def decode_step(rows: int, block_size: int) -> StepBatch:
+    """One token for each of ``rows`` rows with as many tokens before it as there are."""
+    width = -(-CONTEXT // block_size)
+    tables = np.arange(1, 1 + rows * width, dtype=np.int32).reshape(rows, width)
+    last = np.full(rows, CONTEXT - 1, np.int32)
+    return StepBatch(
+        token_ids=np.arange(100, 100 + rows, dtype=np.int32),
+        positions=last,
+        slot_mapping=tables[:, -1] * block_size + last % block_size,
+        block_tables=tables,
+        query_lens=np.ones(rows, np.int32),
+        context_lens=last + 1,
+        logits_indices=np.arange(rows, dtype=np.int32),
+    )
+
+
+def sums_of_a_step(rows: int, layers: int) -> Callable[[], object]:
+    """Nothing but the sums of a step: of the embedding, and two for each layer."""
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    from models.collectives import WORLD_GROUP, AllReduce
+
+    class Sums(nn.Cell):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduce = AllReduce(WORLD_GROUP["cpu"])
+
+        def construct(self, x: Tensor) -> Tensor:
+            for _ in range(2 * layers + 1):
+                x = self.reduce(x)
+            return x
+
+    x, graph = Tensor(np.zeros((rows, HIDDEN), np.float32)), Sums()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    return lambda: graph(x).asnumpy()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(WARM_STEPS + STEPS):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[WARM_STEPS:])
+
+
+def lines(folder: Path, ranks: int, measured: Measured) -> list[str]:
+    """The rows of a table in Markdown."""
+    weights = folder / ("rank_0/weights.bin" if ranks > 1 else "weights.bin")
+    sizes = f"{weights.stat().st_size / 1e6:.0f} MB | {measured.memory / 1e6:.0f} MB"
+    found = []
+    for rows in ROWS:
+        step, sums = measured.steps[rows], measured.sums.get(rows)
+        share = "" if sums is None else f"{1e3 * sums:.1f} ms, {100 * sums / step:.0f} %"
+        found.append(f"| {ranks} | {rows} | {1e3 * step:.1f} ms | {share} | {sizes} |")
+    return found
+
+
+def main() -> int:
+    """Measure and print all, and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # with the other two: be one rank
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        measured = run_rank(arguments.folder, arguments.rank, arguments.threads)
+        print(msgspec.json.encode(measured).decode())
+        return 0
+    table = [f"{machine.describe(machine.measure())}.", "", HEAD]
+    for ranks in RANKS:
+        folder = model(ranks)
+        table += lines(folder, ranks, asyncio.run(measure(folder, ranks)))
+        print("\n".join(table[-len(ROWS) :]), flush=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "ranks.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
