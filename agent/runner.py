@@ -57,16 +57,10 @@ def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runn
         ManifestError: the folder holds no model that can be run.
     """
     folder = Path(config.path)
-    if config.target == "ascend":
-        from agent.ascend_runner import open_ascend_runner  # as below
-
-        return open_ascend_runner(
-            folder, place, cache_bytes=config.cache_bytes, cache_dtype=config.cache_dtype, limits=limits
-        )
-    assert config.cache_bytes is not None, "only an NPU's memory is left to its agent"
     if config.target == "standin":
         from agent.arithmetic_model import ArithmeticModel
 
+        assert config.cache_bytes is not None, "the configuration was checked"
         return ArithmeticModel(
             folder,
             cache_bytes=config.cache_bytes,
@@ -80,7 +74,13 @@ def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runn
         return LiteRunner(config, limits, rank=place.rank, device=place.device)
     # Imported here, because a stand-in runs where MindSpore is not installed
     memory, dtype, threads = config.cache_bytes, config.cache_dtype, place.threads
-    if read_manifest(folder).pair:
+    pair = read_manifest(folder).pair
+    if config.target == "ascend" and not pair:
+        from agent.ascend_runner import open_ascend_runner
+
+        return open_ascend_runner(folder, place, cache_bytes=memory, cache_dtype=dtype, limits=limits)
+    assert memory is not None, "only an NPU's memory is left to its agent, and preflight has seen to pairs"
+    if pair:
         from agent.paged_pair_runner import PagedPairRunner
 
         return PagedPairRunner(folder, cache_bytes=memory, cache_dtype=dtype, threads=threads)
