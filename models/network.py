@@ -49,15 +49,14 @@ class Network(nn.Cell):  # type: ignore[misc]
         ``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's.
         """
         super().__init__(auto_prefix=False)
-        layer, layers = operators.LAYER[phase], range(config.num_layers)
+        table, layers = (weights("embed_tokens"), weights("norm")), range(config.num_layers)
+        self.reduce = None if share is None else share.reduce
         if share is None:
-            self.embed = operators.Embedding(weights("embed_tokens"), weights("norm"))
-            cells = [layer(config, i, of_layer(weights, i)) for i in layers]
+            self.embed = operators.Embedding(*table)
+            cells = [operators.LAYER[phase](config, i, of_layer(weights, i)) for i in layers]
         else:
-            layer, own = operators.SHARED_LAYER[phase], operators.SharedEmbedding
-            embed = own(weights("embed_tokens"), weights("norm"), share.first_token)
-            self.embed = nn.SequentialCell(embed, share.reduce)
-            cells = [layer(config, i, of_layer(weights, i), share.reduce) for i in layers]
+            self.embed = operators.SharedEmbedding(*table, share.first_token)
+            cells = [operators.SHARED_LAYER[phase](config, i, of_layer(weights, i), share.reduce) for i in layers]
         self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
         self.layers = nn.CellList(cells, auto_prefix=False)
         head = weights("embed_tokens" if config.tied_embeddings else "head")
@@ -76,6 +75,8 @@ class Network(nn.Cell):  # type: ignore[misc]
         value_cache: Tensor,
     ) -> Any:
         x = self.embed(token_ids)
+        if self.reduce is not None:
+            x = self.reduce(x)
         geometry = self.geometry(positions, slot_mapping, block_tables, query_lens, context_lens)
         keys: Any = ()
         values: Any = ()

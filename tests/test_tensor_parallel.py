@@ -94,7 +94,8 @@ def test_a_seed_gives_the_same_sample_on_its_own_and_beside_others(deployment: S
 def test_a_client_that_leaves_frees_its_blocks_on_all_ranks(deployment: Serving) -> None:
     body = {"inputs": PROMPTS[2], "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
     with deployment.client().stream("POST", "/models/llama2/generate_stream", json=body) as response:
-        next(response.iter_raw())
+        pieces = response.iter_raw()
+        next(pieces)
         assert metric(deployment, "num_requests_running") == 1
     eventually(lambda: metric(deployment, "kv_cache_usage_perc") == 0)
     check([ask(deployment.client(), PROMPTS[2])])
@@ -170,7 +171,8 @@ def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
         assert started.agents is not None
         children = started.agents.children()
         with started.client().stream("POST", "/models/llama2/generate_stream", json=body) as response:
-            next(response.iter_raw())
+            pieces = response.iter_raw()
+            next(pieces)
             started.agents.send(signal.SIGKILL)
             assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
 
