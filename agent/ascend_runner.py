@@ -161,7 +161,7 @@ class AscendRunner:
                     f"{self.manifest.name}: prefill and {phase} do not share their caches and weights, or an operator "
                     f"is not what it is taken for (logits differ by {error:.1g} of the largest); see docs/ascend.md"
                 )
-            logger.info("prefill and %s share caches and weights: logits agree to %.1g", phase, error)
+            logger.info("prefill and %s share cache and weights: logits agree to %.1g of the largest", phase, error)
 
 
 @contextlib.contextmanager
