@@ -26,7 +26,7 @@ from config.serving_config import Target
 
 COMMAND_SECONDS = 1800.0  # a first compilation on a device can take many minutes
 NEAR_TIES: dict[Target, float] = {"cpu": 0.01, "ascend": 0.25}  # of logits: in float32; in half the digits
-PROOF = "prefill and decode share cache and weights"  # what an agent logs once it has proved it
+PROOF = "prefill and decode share cache and weights"  # what every runner logs once it has proved it
 OPERATOR_CHECKS: dict[Target, str] = {
     "cpu": "benchmarks.operator_check",
     "ascend": "benchmarks.ascend_operator_check",

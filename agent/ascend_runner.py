@@ -17,12 +17,11 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from numpy.typing import NDArray
 
 from agent import collective
 from agent.cache_probe import sharing_error
 from agent.logits import Logits
-from agent.model_runner import CompiledGraph, cache_blocks, open_peers, placeholders, share_weights
+from agent.model_runner import CompiledGraph, as_tensor, cache_blocks, open_peers, placeholders, share_weights
 from agent.peers import Peers
 from agent.placement import Place
 from agent.protocol import Ints
@@ -102,8 +101,8 @@ class AscendRunner:
         size = self.manifest.block_size
         slots = (pairs[:, 1:] * size + np.arange(size, dtype=np.int32)).reshape(-1)
         with breaking():
-            tokens = self._graphs.read_blocks(as_input(pairs[:, 0]), *self._caches)
-            self._graphs.write_blocks(as_input(slots), *tokens, *self._caches)
+            tokens = self._graphs.read_blocks(as_tensor(pairs[:, 0]), *self._caches)
+            self._graphs.write_blocks(as_tensor(slots), *tokens, *self._caches)
 
     def run(self, batch: StepBatch, *, best_only: bool = False) -> Logits:
         """Run the model on new tokens and write their keys and values: the logits of the L wanted positions.
@@ -114,7 +113,7 @@ class AscendRunner:
             RunnerBroken: an operator failed.
         """
         graph = self._graphs.steps[phase_of(batch)]
-        inputs = [as_input(array) for array in self._inputs_of(padded(batch))]
+        inputs = [as_tensor(array) for array in self._inputs_of(padded(batch))]
         with breaking():
             logits = graph(*inputs, *self._caches).asnumpy()
         wanted = batch.logits_indices.size
@@ -161,7 +160,7 @@ class AscendRunner:
                     f"{self.manifest.name}: prefill and {phase} do not share their caches and weights, or an operator "
                     f"is not what it is taken for (logits differ by {error:.1g} of the largest); see docs/ascend.md"
                 )
-            logger.info("prefill and %s share caches and weights: logits agree to %.1g", phase, error)
+            logger.info("prefill and %s share cache and weights: logits agree to %.1g of the largest", phase, error)
 
 
 @contextlib.contextmanager
@@ -185,11 +184,6 @@ def step_inputs(manifest: Manifest) -> list[GraphTensor]:
 def cache_inputs(manifest: Manifest) -> list[GraphTensor]:
     """The graphs' other inputs: the caches of all layers, in feed order."""
     return [tensor for tensor in manifest.inputs if "_cache_" in tensor.name]
-
-
-def as_input(array: NDArray[np.int32]) -> Tensor:
-    """An int32 input on memory that stays as it is during the call."""
-    return Tensor.from_numpy(np.array(array, dtype=np.int32))
 
 
 def open_ascend_runner(

@@ -44,21 +44,28 @@ def states(states: Mapping[Chip, ChipState]) -> Iterator[Finding]:
 
 
 def room(needs: list[Need], states: Mapping[Chip, ChipState]) -> Iterator[Finding]:
-    """Whether each rank of a deployment finds a device with enough free memory."""
-    numbers = visible([chip.logic_id for chip in states])
-    free = [state.free_bytes for chip, state in states.items() if chip.logic_id in numbers]
-    ranks = [need.rank_bytes for need in needs for _ in range(need.ranks)]
-    if not ranks:
+    """Whether each agent of a deployment has its device, with enough free memory."""
+    free = {chip.logic_id: state.free_bytes for chip, state in states.items()}
+    numbers = visible(list(free))
+    agents = [(device, need.rank_bytes) for need in needs for device in need.devices]
+    if not agents:
         return
-    if len(ranks) > len(free):
-        advice = "use fewer ranks, or make more devices visible"
-        yield error("devices for the models", f"{len(ranks)} agents, {len(free)} devices", advice)
+    if absent := sorted({device for device, _ in agents if device >= len(numbers)}):
+        advice = "use fewer ranks, choose other devices, or make more of them visible"
+        words = f"{len(numbers)} visible, numbered from 0; not there: {', '.join(map(str, absent))}"
+        yield error("devices for the models", words, advice)
         return
-    known = sorted((size for size in free if size is not None), reverse=True)
-    if len(known) < len(free):
+    places = [(numbers[device], size, free[numbers[device]]) for device, size in agents]
+    known = [left for _, _, left in places if left is not None]
+    if len(known) < len(places):
         yield warning("memory for the models", "unknown: npu-smi does not say how much is free", "see npu-smi info")
-    elif any(need > room for need, room in zip(sorted(ranks, reverse=True), known, strict=False)):
-        advice = "stop what else runs there, lower cache_memory, or export for more ranks"
-        yield error("memory for the models", f"a rank needs {gib(max(ranks))}; free: {gib(min(known))}", advice)
+    elif short := [(number, size, left) for number, size, left in places if left is not None and left < size]:
+        number, size, left = short[0]
+        advice = "stop what else runs there, choose another device, lower cache_memory, or export for more ranks"
+        words = f"device {number}: a rank needs {gib(size)}; free: {gib(left)}"
+        yield error("memory for the models", words, advice)
     else:
-        yield ok("memory for the models", f"{gib(max(ranks))} a rank at most; free: {gib(min(known))}")
+        yield ok(
+            "memory for the models",
+            f"{gib(max(size for _, size, _ in places))} a rank at most; free: {gib(min(known))}",
+        )

@@ -62,7 +62,7 @@ def open_files(max_connections: int) -> Finding:
 
 def memory(config: ServingConfig) -> Finding:
     """The host's memory against what runs in it."""
-    needed = sum(need.ranks * need.rank_bytes for need in needs(config) if need.target != "ascend")
+    needed = sum(len(need.devices) * need.rank_bytes for need in needs(config) if need.target != "ascend")
     free = free_memory()
     if free is not None and free < needed:
         advice = "lower cache_memory, or choose a smaller format of weights"

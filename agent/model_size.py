@@ -17,7 +17,7 @@ class Need:
     """What the agents of one model need."""
 
     target: Target
-    ranks: int  # agents, of all groups
+    devices: tuple[int, ...]  # of its agents, of all groups; on a CPU they are numbers and no more
     rank_bytes: int  # of each agent
 
 
@@ -32,7 +32,7 @@ def needs(config: ServingConfig) -> Iterator[Need]:
         runtime = 0 if model.target == "standin" else RUNTIME_BYTES
         weights = exported // len(model.groups[0])  # each rank of a group has its part
         cache = model.cache_bytes or 0  # None: what its device has left
-        yield Need(model.target, len(model.agent_ports), weights + cache + runtime)
+        yield Need(model.target, model.device_ids, weights + cache + runtime)
 
 
 def gib(size: int | None) -> str:

@@ -15,6 +15,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from agent.ascend_runner import take_device
 from agent.cache_probe import sharing_error
 from agent.logits import Logits
 from agent.model_runner import LOGIT_TOLERANCE, CompiledGraph, share_weights
@@ -30,11 +31,12 @@ logger = logging.getLogger(__name__)
 class PagedPairRunner:
     """One adopted pair, ready to run when constructed."""
 
-    def __init__(self, folder: Path, *, cache_bytes: int, cache_dtype: str, threads: int | None) -> None:
+    def __init__(self, folder: Path, *, device: int, cache_bytes: int, cache_dtype: str, threads: int | None) -> None:
         """Load, share, prove.
 
         Args:
             folder: what ``models.adopt`` wrote.
+            device: the NPU, among those that this process sees; a CPU has only 0.
             cache_bytes: the most that keys and values may take.
             cache_dtype: of the cache that the graphs hold.
             threads: of operators on a CPU; None takes one for each physical core.
@@ -54,7 +56,10 @@ class PagedPairRunner:
         if cache_bytes < needed:
             raise ManifestError(f"cache_memory: the graphs hold a cache of {needed} bytes; give as many or more")
         verify_files(folder, self.manifest)
-        choose_device(self.manifest.target, threads or physical_cores())
+        if self.manifest.target == "ascend":
+            take_device(device)
+        else:
+            take_cpu(threads or physical_cores())
         self._padding_slot = pair.padding_slot
         self._prefill = PairGraph(folder, pair.prefill, prompts=True)
         self._decode = PairGraph(folder, pair.decode, prompts=False)
@@ -181,20 +186,11 @@ class PairGraph:
         return self._inputs[self._names.index(name)].shape
 
 
-def choose_device(target: str, threads: int) -> None:
-    """Let MindSpore run graphs on this kind of device.
-
-    Raises:
-        ManifestError: there is none.
-    """
-    ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})  # kernel by kernel, for shapes of any size
-    try:
-        ms.set_device("CPU" if target == "cpu" else "Ascend")
-    except RuntimeError as error:
-        reason = str(error).partition(". ")[0]
-        raise ManifestError(f"the pair is for {target}, and MindSpore finds none here: {reason}") from None
-    if target == "cpu":
-        ms.set_context(runtime_num_threads=threads)
+def take_cpu(threads: int) -> None:
+    """Let this process run graphs on the CPU, kernel by kernel: for shapes of any size."""
+    ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})
+    ms.set_device("CPU")
+    ms.set_context(runtime_num_threads=threads)
 
 
 def placeholder(tensor: GraphTensor) -> Tensor:

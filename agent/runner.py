@@ -83,7 +83,7 @@ def open_runner(config: ModelConfig, place: Place, limits: LimitsConfig) -> Runn
     if pair:
         from agent.paged_pair_runner import PagedPairRunner
 
-        return PagedPairRunner(folder, cache_bytes=memory, cache_dtype=dtype, threads=threads)
+        return PagedPairRunner(folder, device=place.device, cache_bytes=memory, cache_dtype=dtype, threads=threads)
     from agent.model_runner import ModelRunner
 
     return ModelRunner(folder, place.rank, cache_bytes=memory, cache_dtype=dtype, threads=threads)

@@ -20,15 +20,19 @@ from typing import Any
 import yaml
 
 from config.server_config import is_loopback
-from config.serving_config import ConfigError, load, read_yaml
+from config.serving_config import AUTO, ConfigError, load, read_yaml
 
 ROUTES = ("llama2", "internlm")  # of the older app, whatever its model was
 MODELS_FOLDER = "output/models"
 API_KEYS = "output/api-keys.txt"
+OF_EXPORTS = {"cache_memory": AUTO, "cache_dtype": "bfloat16"}  # what models.export makes for Ascend, by its defaults
 
 _MODEL = "the model folder says it"
 _SAMPLING = "agents sample on the host, each row with its own settings; no graph is needed for it"
-_INI = "the settings of MindSpore-Lite's GE graphs; models run on MindSpore here, for any shape that their graphs take"
+_INI = (
+    "the settings of MindSpore-Lite's GE graphs; MindSpore runs graphs for any shape that they take, and with "
+    "runtime: mindspore_lite the models.prefill_ini and models.decode_ini name such files: docs/lite.md"
+)
 _INPUTS = "the inputs of a graph are read from its MindIR"
 _WAITING = "a step begins when the one before is over, and takes in who has come meanwhile"
 # Why a key has no counterpart.
@@ -51,7 +55,7 @@ DROPPED = {
     "model_config.batching_strategy": "batching is continuous always",
     "model_config.batch_waiting_time": _WAITING,
     "model_config.decode_batch_waiting_time": _WAITING,
-    "model_config.backend": "models run on MindSpore, kernel by kernel, which is what kbk was",
+    "model_config.backend": "MindSpore runs models kernel by kernel, as kbk was; runtime: mindspore_lite is as ge was",
     "model_config.fastserve": "requests are served in the order of arrival and priority",
     "fa_config.time_slice": "requests are served in the order of arrival and priority",
     "serving_config.prefill_batch_waiting_time": _WAITING,
@@ -209,36 +213,37 @@ def model_section(old: OldConfig) -> tuple[dict[str, Any], list[str]]:
         "agent_ports": list(ports),
         "target": "ascend",
     }
+    if first := old.number("serving_config.start_device_id", 0):
+        model["devices"] = list(range(first, first + len(ports)))
     host = old.text("serving_config.agent_ip")
     if host and not is_loopback(host):
         model["agent_host"] = host
-    steps = [folder_step(old, model["path"], len(ports))]
-    if device := old.number("serving_config.start_device_id", 0):
-        ids = ",".join(str(device + rank) for rank in range(len(ports)))
-        steps.append(
-            f"Start the agents with ASCEND_RT_VISIBLE_DEVICES={ids} (serving_config.start_device_id was {device})"
-        )
-    return model, steps
+    files = *old.texts("model_path.prefill_model")[:1], *old.texts("model_path.decode_model")[:1]
+    pair = files if len(files) == 2 and len(ports) == 1 else ()
+    if not pair:
+        model |= OF_EXPORTS
+    return model, [folder_step(old, pair, model["path"], len(ports))]
 
 
-def folder_step(old: OldConfig, folder: str, ranks: int) -> str:
-    """How to make the model folder."""
-    prefill, decode = old.texts("model_path.prefill_model"), old.texts("model_path.decode_model")
-    vocabulary = old.text("tokenizer.vocab_file")
-    cell = old.text("model_config.model_cfg_path")
+def folder_step(old: OldConfig, pair: tuple[str, ...], folder: str, ranks: int) -> str:
+    """How to make the model folder, of a pair or without one."""
+    vocabulary, cell = old.text("tokenizer.vocab_file"), old.text("model_config.model_cfg_path")
+    longest = old.number("pa_config.decode_seq_length", 0)
     cut = f"--tp {ranks} " if ranks > 1 else ""
-    export = f"python -m models.export CHECKPOINT {cut}--output {shlex.quote(folder)}"
-    if ranks > 1 or not prefill or not decode:
+    export = f"python -m models.export CHECKPOINT --target ascend {cut}--output {shlex.quote(folder)}"
+    if not pair:
         where = f" of {cell}" if cell else ""
-        why = "; files of several ranks are not adopted" if ranks > 1 and prefill else ""
-        return f"Export the checkpoint{where}: {export} (and let target say what the folder was made for{why})"
-    words = ["python", "-m", "models.adopt", prefill[0], decode[0], "--tokenizer"]
+        why = " (files of several ranks are not adopted)" if ranks > 1 and old.texts("model_path.prefill_model") else ""
+        return f"Export the checkpoint{where}: {export}{why}"
+    words = ["python", "-m", "models.adopt", *pair, "--tokenizer"]
     words += [str(PurePosixPath(vocabulary).parent) if vocabulary else "FOLDER", "--output", folder]
-    if longest := old.number("pa_config.decode_seq_length", 0):
+    if longest:
         words += ["--context-length", str(longest)]
+    keys = ", ".join(f"{key}: {value}" for key, value in OF_EXPORTS.items())
     return (
-        f"Make the model folder: {shlex.join(words)} (it says which target, cache_dtype and cache_memory to set here); "
-        f"if the pair is not one that is served, {export}"
+        f"Make the model folder: {shlex.join(words)} (it says which target, cache_dtype and cache_memory to set here; "
+        "runtime: mindspore_lite runs it with MindSpore Lite); if the pair is not one that is served, "
+        f"{export} and set {keys}"
     )
 
 

@@ -218,9 +218,7 @@ class Attention(nn.Cell):  # type: ignore[misc]
         self.k_norm = None if k_norm is None else RMSNorm(primitives, k_norm, config.norm_eps)
         scale = 1.0 / math.sqrt(head_dim)
         self.split = auto_generate.SplitWithSize()
-        self.rotate = primitives.ApplyRotaryPosEmb(
-            2
-        )  # 2: cos and sin have a row for each token, halves not interleaved
+        self.rotate = primitives.ApplyRotaryPosEmb(2)  # cos and sin have a row for each token; halves, not pairs
         self.write = primitives.ReshapeAndCache()
         self.flash = primitives.FlashAttentionScore(
             head_num=heads, scale_value=scale, pre_tokens=UNBOUNDED, next_tokens=UNBOUNDED, input_layout="TH"

@@ -51,12 +51,13 @@ ROTARY = (Role("cos", ("freqs_cos",), FLOATS, (2,)), Role("sin", ("freqs_sin",),
 CACHE_ROWS = Role("cache_rows", ("batch_index", "decode_index"), INTEGERS, (1,))
 CACHE_LENGTH = Role("cache_length", ("zactivate_len",), INTEGERS, (1,))
 _OWN_RANKS = {"positions": 1, "slot_mapping": 1, "block_tables": 2, "query_lens": 1, "context_lens": 1}
-OWN = (
+_OWN_STEP = (
     Role("token_ids", ("token_ids",), INTEGERS, (1,)),
     *(Role(name, (name,), INTEGERS, (rank,)) for name, rank in _OWN_RANKS.items()),
     Role("logits_indices", ("logits_indices",), INTEGERS, (1,)),
-    *(Role(name, (name,), FLOATS, (4,)) for name in ("key_cache", "value_cache")),
 )
+OWN = (*_OWN_STEP, *(Role(name, (name,), FLOATS, (4,)) for name in ("key_cache", "value_cache")))
+_CACHE = Role("cache", (), FLOATS, (4,))
 
 Roles = tuple[Role, ...]
 _A = (TOKENS, POSITION, RESET, LENGTHS)
@@ -84,7 +85,8 @@ CONTRACTS: tuple[tuple[Generation, Roles, tuple[Roles, ...]], ...] = (
 def classify(prefill: Sequence[GraphTensor], decode: Sequence[GraphTensor]) -> tuple[Generation | None, Roles, Roles]:
     """The generation of two graphs with these inputs, and the role of each input."""
     found: list[tuple[int, Generation, Roles, Roles]] = []
-    for generation, ours, choices in CONTRACTS:
+    own = own_for_ascend(len(prefill))
+    for generation, ours, choices in (*CONTRACTS, ("own", own, (own,))):
         for theirs in choices:
             if fits(prefill, ours) and fits(decode, theirs):
                 found.append((named(prefill, ours) + named(decode, theirs), generation, ours, theirs))
@@ -92,6 +94,11 @@ def classify(prefill: Sequence[GraphTensor], decode: Sequence[GraphTensor]) -> t
         return None, (), ()
     _, generation, ours, theirs = max(found, key=lambda entry: entry[0])
     return generation, ours, theirs
+
+
+def own_for_ascend(inputs: int) -> Roles:
+    """What our graphs for Ascend take: a step, and the caches of each layer. One layer at least."""
+    return (*_OWN_STEP, *[_CACHE] * max(2, inputs - len(_OWN_STEP)))
 
 
 def fits(inputs: Sequence[GraphTensor], roles: Roles) -> bool:

@@ -89,6 +89,8 @@ def write_pair(checkpoint: Checkpoint, folder: Path, precision: Precision, block
     from mindformers import LlamaConfig, LlamaForCausalLM
     from mindspore import Tensor
 
+    from models.graphs import write_graph
+
     ms.set_context(mode=ms.GRAPH_MODE)
     arguments = llama_config(checkpoint.config, precision, block_size, num_blocks)
     network = LlamaForCausalLM(LlamaConfig(**arguments, run_mode="predict"))
@@ -101,7 +103,7 @@ def write_pair(checkpoint: Checkpoint, folder: Path, precision: Precision, block
         network.phase = graph  # what MindSpore has compiled under another name is not taken again
         tokens = Tensor(shape=[None, None if graph == "prefill" else 1], dtype=ms.int32)
         inputs = (tokens, *[None] * 6, lengths, None, None, tables, slots)
-        ms.export(network, *inputs, file_name=str(folder / graph), file_format="MINDIR")
+        write_graph(network, folder / f"{graph}.mindir", *inputs)
 
 
 def main(arguments: list[str] | None = None) -> int:

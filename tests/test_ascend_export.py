@@ -15,6 +15,7 @@ from tiny_checkpoints import write_tiny
 from config.manifest import GraphTensor
 from models import ascend, mindir
 from models.checkpoint import CheckpointError, open_checkpoint
+from models.contract import mismatches, read_contract
 from models.export import ExportOptions, choose_weights, main
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,12 @@ def test_each_graph_has_the_operators_of_its_phase_in_their_order(exported: Expo
 def test_inputs_and_outputs_are_the_contract(exported: Exported) -> None:
     for phase in ascend.PHASES:
         assert_contract(exported, phase)
+
+
+def test_the_contract_reader_knows_them_as_ours(exported: Exported) -> None:
+    pair = read_contract(exported.folder / "prefill.mindir", exported.folder / "decode.mindir")
+    assert pair.generation == "own"
+    assert list(mismatches(pair)) == []
 
 
 def test_blocks_are_copied_by_reading_and_writing_them(exported: Exported) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mirrored_network import BLOCK_SIZE, NUM_BLOCKS, Array, MirroredModel, porta
 from paged_rows import Row, step
 from tiny_checkpoints import BOS, VOCAB_SIZE, write_tiny
 
+from agent.acceptance import PROOF
 from agent.ascend_runner import AscendRunner, Graphs, open_ascend_runner, step_inputs, take_device
 from agent.placement import Place
 from agent.runner import RunnerBroken
@@ -134,6 +136,15 @@ def test_every_size_of_every_graph_is_run_before_the_cache_is_made(checkpoint: C
         assert [inputs[0].shape[0] for inputs in warm_up] == sizes, phase
         proof = [inputs for inputs in calls[phase] if inputs[-1].shape[0] == NUM_BLOCKS]
         assert proof, phase
+
+
+@pytest.mark.slow
+def test_the_log_has_the_proof_that_an_acceptance_looks_for(
+    checkpoint: Checkpoint, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="agent.ascend_runner"):
+        open_runner(manifest_of(checkpoint), graphs)
+    assert len([record for record in caplog.messages if PROOF in record]) == 1
 
 
 @pytest.mark.slow

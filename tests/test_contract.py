@@ -17,6 +17,7 @@ from mindspore.train.mind_ir_pb2 import ModelProto
 
 from config.manifest import GraphTensor
 from models import contract, mindir
+from models.ascend_graphs import input_names
 from models.contract import explain, mismatches, obstacles, read_contract
 from models.generations import CONTRACTS, classify
 
@@ -82,6 +83,14 @@ def test_every_kind_is_known_by_other_names_too() -> None:
                 for roles in (ours, theirs)
             ]
             assert classify(*graphs)[0] == generation
+
+
+def test_our_own_graphs_for_ascend_are_known() -> None:
+    step, caches = [(-1,)] * 3 + [(-1, -1)] + [(-1,)] * 3, [(-1, 128, 2, 64)] * 6
+    dtypes = ["int32"] * len(step) + ["bfloat16"] * len(caches)
+    graph = [GraphTensor(*entry) for entry in zip(input_names(3), dtypes, step + caches, strict=True)]
+    assert classify(graph, graph)[0] == "own"
+    assert classify(graph[: len(step)], graph[: len(step)])[0] is None
 
 
 @pytest.mark.parametrize(

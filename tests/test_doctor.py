@@ -215,22 +215,29 @@ def test_a_driver_that_names_no_device_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("cache", "ranks", "check", "level"),
+    ("cache", "devices", "check", "level"),
     [
-        ("1GiB", 1, "memory for the models", "ok"),
-        ("62GiB", 1, "memory for the models", "ok"),  # the emptier of the two devices has room
-        ("62GiB", 2, "memory for the models", "error"),
-        ("1GiB", 3, "devices for the models", "error"),
+        ("1GiB", [0], "memory for the models", "ok"),
+        ("62GiB", [1], "memory for the models", "ok"),
+        ("62GiB", [0], "memory for the models", "error"),  # a twentieth of it is in use
+        ("62GiB", [1, 0], "memory for the models", "error"),
+        ("1GiB", [0, 2], "devices for the models", "error"),
     ],
 )
 def test_models_must_fit_into_the_devices(
-    cache: str, ranks: int, check: str, level: str, host: AscendHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: str,
+    devices: list[int],
+    check: str,
+    level: str,
+    host: AscendHost,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_devices(monkeypatch, tmp_path, fake_npu_smi.ATLAS_A2)
     config = tmp_path / "deployment.yaml"
     model = {
-        "path": "config/standin", "names": ["a"], "agent_ports": list(range(9901, 9901 + ranks)), "target": "ascend",
-        "cache_memory": cache,
+        "path": "config/standin", "names": ["a"], "agent_ports": [9901 + device for device in devices],
+        "target": "ascend", "cache_memory": cache, "devices": devices,
     }  # fmt: skip
     config.write_text(yaml.safe_dump({"models": [model]}))
     assert level_of(doctor.examine(str(config), host)["ascend"], check) == level

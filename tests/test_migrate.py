@@ -76,7 +76,7 @@ def test_an_old_file_becomes_a_deployment(tmp_path: Path, capsys: pytest.Capture
     config = load(target)
     [model] = config.models
     assert (model.path, model.names) == ("output/models/llama_7b", ("llama2", "internlm", "llama_7b"))
-    assert (model.agent_ports, model.target) == ((16002,), "ascend")
+    assert (model.agent_ports, model.devices, model.target) == ((16002,), (2,), "ascend")
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8835)
     limits = config.limits
     assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_new_tokens) == (16, 4096, 2048)
@@ -86,7 +86,6 @@ def test_an_old_file_becomes_a_deployment(tmp_path: Path, capsys: pytest.Capture
         "/models/llama/decode/rank_0_graph.mindir --tokenizer /models/llama --output output/models/llama_7b "
         "--context-length 4096 "
     ) in said
-    assert "2. Start the agents with ASCEND_RT_VISIBLE_DEVICES=2" in said
     assert "unknown" not in said
     written = target.read_text(encoding="utf-8")
     for line in said.splitlines():
@@ -132,7 +131,7 @@ def test_an_app_that_was_open_to_everyone_asks_for_keys() -> None:
     [
         (
             {"serving_config": {"agent_ports": [1, 2]}},
-            "Export the checkpoint: python -m models.export CHECKPOINT --tp 2 --output output/models/llama_7b (and",
+            "Export the checkpoint: python -m models.export CHECKPOINT --target ascend --tp 2 --output output",
         ),
         (
             {"model_path": {"prefill_model": None}, "model_config": {"model_cfg_path": "/m/predict.yaml"}},
@@ -144,6 +143,14 @@ def test_an_app_that_was_open_to_everyone_asks_for_keys() -> None:
 )
 def test_what_is_left_to_do_is_said(changes: dict[str, dict[str, Any]], step: str) -> None:
     assert step in migrate.migrate(old(**changes)).steps[0]
+
+
+def test_what_is_exported_anew_has_the_cache_of_an_export() -> None:
+    done = migrate.migrate(old(serving_config={"agent_ports": [16002, 16003]}))
+    [model] = done.deployment["models"]
+    assert (model["devices"], model["cache_memory"], model["cache_dtype"]) == ([2, 3], "auto", "bfloat16")
+    assert done.unknown == ()
+    migrate.check(done.text("old.yaml"))
 
 
 def test_little_is_enough() -> None:

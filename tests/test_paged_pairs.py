@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import httpx
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -72,7 +71,7 @@ def runner(adopted: Path) -> PagedPairRunner:
 
 
 def open_pair(folder: Path, dtype: str = "float32") -> PagedPairRunner:
-    return PagedPairRunner(folder, cache_bytes=BUDGET, cache_dtype=dtype, threads=1)
+    return PagedPairRunner(folder, device=0, cache_bytes=BUDGET, cache_dtype=dtype, threads=1)
 
 
 def reference(model: Model, tokens: list[int]) -> NDArray[np.float32]:
@@ -181,7 +180,7 @@ def test_a_cache_is_as_large_and_of_the_type_that_the_graphs_have(adopted: Path,
     with pytest.raises(ManifestError, match="hold a cache of float32, not float16"):
         open_pair(adopted, "float16")
     with pytest.raises(ManifestError, match="cache_memory: the graphs hold a cache of 49152 bytes"):
-        PagedPairRunner(adopted, cache_bytes=49151, cache_dtype="float32", threads=1)
+        PagedPairRunner(adopted, device=0, cache_bytes=49151, cache_dtype="float32", threads=1)
     model = ModelConfig(path=str(adopted), names=("a",), agent_ports=(1,), cache_memory="49151B", cache_dtype="float32")
     with pytest.raises(ManifestError, match="keeps the weights that its graphs have"):
         read_manifest(adopted).check_weights("bfloat16")
@@ -211,11 +210,8 @@ def test_graphs_that_do_not_share_a_cache_are_not_served(
 
 def test_a_pair_for_ascend_says_that_there_is_none(pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
     adopt.adopt(*pair, checkpoint[0], tmp_path / "model", AdoptOptions(target="ascend"))
-    try:
-        with pytest.raises(ManifestError, match="the pair is for ascend, and MindSpore finds none here: Unsupported"):
-            open_pair(tmp_path / "model")
-    finally:
-        ms.set_device("CPU")
+    with pytest.raises(ManifestError, match=r"^target: ascend needs an Ascend NPU .* finds none here$"):
+        open_pair(tmp_path / "model")
 
 
 def test_weights_of_two_checkpoints_are_no_pair(pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
