@@ -101,13 +101,10 @@ class LiteRunner:
     def _predict(self, call: PagedCall, gear: Gear) -> Floats:
         padded = call.padded(rows=gear.rows, length=gear.length, width=gear.width)
         try:
-            logits = self._graphs[call.phase].predict(padded, gear)
+            answer = self._graphs[call.phase].predict(padded, gear)
         except RuntimeError as error:
             raise RunnerBroken(f"{call.phase} of {gear}: {str(error).strip().splitlines()[0]}") from error
-        logits = logits.reshape(gear.rows, -1, self.manifest.vocab_size)
-        last = padded.valid_lengths - 1 if logits.shape[1] > 1 else 0  # some prefill graphs tell of every position
-        rows: Floats = logits[np.arange(gear.rows), last]
-        return rows
+        return padded.last_logits(answer, self.manifest.vocab_size)
 
     def _build(self, pair: PagedPair, config: ModelConfig, rank: int, device: int) -> None:
         """Both graphs, which share weights and cache: Lite wants to know of that before it builds the first.
