@@ -29,7 +29,7 @@ from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
+from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_rank
 from kernels import library
 from models import mindir
 
@@ -66,17 +66,16 @@ class ModelRunner:
         self.num_blocks = cache_blocks(self.manifest, cache_bytes, cache_dtype)
         if self.manifest.target != "cpu":
             raise ManifestError(f"{folder}: was exported for {self.manifest.target}; this agent runs models for cpu")
-        own = rank_folder(rank, self.manifest.world_size)
-        verify_files(folder, self.manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
+        own = verify_rank(folder, self.manifest, rank)
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
         if self.manifest.world_size > 1:
             collective.join(self.manifest.target)
         self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
-        prefill, decode = load_graphs(folder / own, self.manifest, self._library, cache_dtype)
+        prefill, decode = load_graphs(own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
-        self._peers = open_peers(folder / own, self.manifest, rank) if self.manifest.world_size > 1 else None
+        self._peers = open_peers(own, self.manifest, rank) if self.manifest.world_size > 1 else None
         self._prefill, self._decode = CompiledGraph(prefill), CompiledGraph(decode)
         m = self.manifest
         shape = (m.num_layers * self.num_blocks, m.block_size, m.cache_heads, m.cache_width(cache_dtype))
