@@ -20,8 +20,9 @@ from mindspore import Tensor, nn, ops
 
 from agent import collective
 from agent.cache_probe import sharing_error
+from agent.compiled_graph import CompiledGraph, as_tensor, open_peers, placeholders, share_weights
 from agent.logits import Logits
-from agent.model_runner import CompiledGraph, as_tensor, cache_blocks, open_peers, placeholders, share_weights
+from agent.model_runner import cache_blocks
 from agent.peers import Peers
 from agent.placement import Place
 from agent.protocol import Ints

@@ -17,9 +17,9 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from agent.ascend_runner import take_device
-from agent.cache_probe import sharing_error
+from agent.cache_probe import LOGIT_TOLERANCE, sharing_error
+from agent.compiled_graph import CompiledGraph, placeholder, share_weights
 from agent.logits import Logits
-from agent.model_runner import LOGIT_TOLERANCE, CompiledGraph, share_weights
 from agent.paged_inputs import CallLimits, PagedCall, Phase, Role, paged_calls
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
@@ -162,11 +162,6 @@ def take_cpu(threads: int) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": "O0"})
     ms.set_device("CPU")
     ms.set_context(runtime_num_threads=threads)
-
-
-def placeholder(tensor: GraphTensor) -> Tensor:
-    """An input of a graph as its manifest describes it."""
-    return Tensor(shape=[None if size < 0 else size for size in tensor.shape], dtype=getattr(ms, tensor.dtype))
 
 
 def feed(tensor: GraphTensor, values: Ints) -> Tensor:
