@@ -89,7 +89,7 @@ class Acceptance:
             self.passed.add(name)
         except Failed as error:
             found, details = str(error), error.details
-        except (NotServed, OSError, httpx.HTTPError) as error:
+        except (NotServed, OSError, httpx.HTTPError, msgspec.MsgspecError) as error:
             found = str(error) or repr(error)
         seconds = round(time.monotonic() - begin, 1)
         return StageResult(stage=name, outcome=outcome, seconds=seconds, found=found, details=details)

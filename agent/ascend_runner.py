@@ -20,15 +20,16 @@ from mindspore import Tensor, nn, ops
 
 from agent import collective
 from agent.cache_probe import sharing_error
+from agent.compiled_graph import CompiledGraph, as_tensor, open_peers, placeholders, share_weights
 from agent.logits import Logits
-from agent.model_runner import CompiledGraph, as_tensor, cache_blocks, open_peers, placeholders, share_weights
+from agent.model_runner import cache_blocks
 from agent.peers import Peers
 from agent.placement import Place
 from agent.protocol import Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
 from agent.step_padding import Phase, blank_step, doubled, grown, padded, phase_of, sizes_up_to
-from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
+from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_rank
 from config.serving_config import LimitsConfig
 from models import mindir
 
@@ -206,12 +207,11 @@ def open_ascend_runner(
         raise ManifestError(f"{folder}: was exported for {manifest.target}, and this agent runs models for ascend")
     manifest.check_cache_dtype(cache_dtype)
     take_device(place.device)
-    own = rank_folder(place.rank, manifest.world_size)
-    verify_files(folder, manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
+    own = verify_rank(folder, manifest, place.rank)
     if manifest.world_size > 1:
         collective.join(manifest.target)
-    graphs = load_graphs(folder / own, manifest)
-    peers = open_peers(folder / own, manifest, place.rank) if manifest.world_size > 1 else None
+    graphs = load_graphs(own, manifest)
+    peers = open_peers(own, manifest, place.rank) if manifest.world_size > 1 else None
 
     def choose_blocks() -> int:
         return cache_blocks(manifest, auto_bytes(place.device) if cache_bytes is None else cache_bytes, cache_dtype)

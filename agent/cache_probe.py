@@ -7,6 +7,9 @@ import numpy as np
 from agent.runner import Runner
 from agent.step_batch import StepBatch
 
+# Of the start-up proof, relative to the largest logit: sums in another order may round what is cached differently
+LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2, "int8": 5e-2}
+
 
 def sharing_error(runner: Runner, *, apart: int = 1) -> float:
     """How far the last of three tokens' logits are from those of one prefill if ``apart`` tokens come in a later step.

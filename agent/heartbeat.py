@@ -43,8 +43,9 @@ class TimedRunner:
         return end is not None and time.monotonic() > end
 
     def copy_blocks(self, copies: Ints) -> None:
-        """``Runner.copy_blocks``, which is over at once."""
-        self._runner.copy_blocks(copies)
+        """``Runner.copy_blocks``, on the clock: on an NPU it is a graph like others."""
+        with self._within(self._limits.step_deadline(0)):
+            self._runner.copy_blocks(copies)
 
     def agree(self, digest: bytes) -> None:
         """``Runner.agree``, on the clock: a rank that does not come keeps the others waiting."""

@@ -21,7 +21,7 @@ from agent.paged_inputs import CallLimits, PagedCall, Phase, paged_calls
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from config.manifest import ManifestError, PagedPair, rank_folder, read_manifest, verify_files
+from config.manifest import ManifestError, PagedPair, read_manifest, verify_rank
 from config.serving_config import LimitsConfig, ModelConfig
 
 SHARING_TOLERANCE = 5e-2  # of the start-up proof, relative to the largest logit: caches and sums of 16 bits
@@ -43,7 +43,7 @@ class LiteRunner:
             config: of the model, with runtime mindspore_lite.
             limits: the steps that there can be.
             rank: of this process in its group.
-            device: its number on this host.
+            device: among those that this process sees.
 
         Raises:
             ManifestError: the folder holds no pair that this machine can run, or its gears do not cover the limits.
@@ -54,8 +54,7 @@ class LiteRunner:
         if self.manifest.pair is None:
             raise ManifestError(f"{self.folder}: holds no adopted pair; runtime mindspore runs it")
         pair = self.manifest.pair
-        own = rank_folder(rank, self.manifest.world_size) + "/"
-        verify_files(self.folder, self.manifest, lambda name: not name.startswith("rank_") or name.startswith(own))
+        own = verify_rank(self.folder, self.manifest, rank)
         self.num_blocks = pair.num_blocks
         self.cache_dtype = pair.cache_dtype
         try:
@@ -71,7 +70,7 @@ class LiteRunner:
         )
         self._lite = import_lite()
         self._graphs: dict[Phase, LiteGraph] = {}
-        self._build(pair, config, rank, device)
+        self._build(own, pair, config, rank, device)
         self._prove_sharing()
 
     def agree(self, digest: bytes) -> None:
@@ -101,16 +100,13 @@ class LiteRunner:
     def _predict(self, call: PagedCall, gear: Gear) -> Floats:
         padded = call.padded(rows=gear.rows, length=gear.length, width=gear.width)
         try:
-            logits = self._graphs[call.phase].predict(padded, gear)
+            answer = self._graphs[call.phase].predict(padded, gear)
         except RuntimeError as error:
             raise RunnerBroken(f"{call.phase} of {gear}: {str(error).strip().splitlines()[0]}") from error
-        logits = logits.reshape(gear.rows, -1, self.manifest.vocab_size)
-        last = padded.valid_lengths - 1 if logits.shape[1] > 1 else 0  # some prefill graphs tell of every position
-        rows: Floats = logits[np.arange(gear.rows), last]
-        return rows
+        return padded.last_logits(answer, self.manifest.vocab_size)
 
-    def _build(self, pair: PagedPair, config: ModelConfig, rank: int, device: int) -> None:
-        """Both graphs, which share weights and cache: Lite wants to know of that before it builds the first.
+    def _build(self, folder: Path, pair: PagedPair, config: ModelConfig, rank: int, device: int) -> None:
+        """Both graphs of a folder, which share weights and cache: Lite has to know that before it builds the first.
 
         One is built and called before the other is, as the system did that such pairs were made for.
         """
@@ -118,7 +114,6 @@ class LiteRunner:
         models = {phase: self._lite.Model() for phase in self._gears}
         group = self._lite.ModelGroup(self._lite.ModelGroupFlag.SHARE_WEIGHT)
         group.add_model(list(models.values()))
-        folder = self.folder / rank_folder(rank, self.manifest.world_size)
         files = {"prefill": folder / pair.prefill.file, "decode": folder / pair.decode.file}
         for phase, gears in self._gears.items():
             logger.info("building %s for %d gears", files[phase], len(gears.gears))

@@ -12,32 +12,28 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.np_dtype import bfloat16
-from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
 from agent import collective
-from agent.cache_probe import sharing_error
+from agent.cache_probe import LOGIT_TOLERANCE, sharing_error
+from agent.compiled_graph import CompiledGraph, as_tensor, open_peers, placeholders, share_weights
 from agent.logits import Logits
-from agent.peers import Peers
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from config.manifest import GraphTensor, Manifest, ManifestError, rank_folder, read_manifest, verify_files
+from config.manifest import Manifest, ManifestError, read_manifest, verify_rank
 from kernels import library
 from models import mindir
 
 MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
-# Of the start-up proof, relative to the largest logit: sums in another order may round what is cached differently
-LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2, "int8": 5e-2}
-ROUNDED_TOLERANCE = 5e-2  # the same where activations are rounded, as they are for packed weights
+ROUNDED_TOLERANCE = 5e-2  # of the start-up proof where activations are rounded, as they are for packed weights
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +62,16 @@ class ModelRunner:
         self.num_blocks = cache_blocks(self.manifest, cache_bytes, cache_dtype)
         if self.manifest.target != "cpu":
             raise ManifestError(f"{folder}: was exported for {self.manifest.target}; this agent runs models for cpu")
-        own = rank_folder(rank, self.manifest.world_size)
-        verify_files(folder, self.manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
+        own = verify_rank(folder, self.manifest, rank)
         threads = threads or physical_cores()
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
         if self.manifest.world_size > 1:
             collective.join(self.manifest.target)
         self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
-        prefill, decode = load_graphs(folder / own, self.manifest, self._library, cache_dtype)
+        prefill, decode = load_graphs(own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
-        self._peers = open_peers(folder / own, self.manifest, rank) if self.manifest.world_size > 1 else None
+        self._peers = open_peers(own, self.manifest, rank) if self.manifest.world_size > 1 else None
         self._prefill, self._decode = CompiledGraph(prefill), CompiledGraph(decode)
         m = self.manifest
         shape = (m.num_layers * self.num_blocks, m.block_size, m.cache_heads, m.cache_width(cache_dtype))
@@ -172,25 +167,6 @@ class ModelRunner:
         logger.info("prefill and decode share cache and weights: logits agree to %.1g of the largest", error)
 
 
-class CompiledGraph:
-    """A graph that is compiled at its first call and only run at the others.
-
-    GraphCell's own call asks each time whether to compile again, which takes it half a millisecond.
-    """
-
-    def __init__(self, graph: nn.GraphCell) -> None:
-        self._graph = graph
-        self._compiled = False
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """Run it on inputs of the dtypes and ranks of the first call."""
-        if self._compiled:
-            return _cell_graph_executor(self._graph, *inputs, phase=self._graph.phase)
-        outputs = self._graph(*inputs)
-        self._compiled = True
-        return outputs
-
-
 def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:
     """How many blocks the budget holds, the null block included.
 
@@ -238,49 +214,6 @@ def load_graphs(
             graph.set_inputs(*placeholders(manifest, cache_dtype))  # without this each new shape is compiled anew
             graphs.append(graph)
     return graphs[0], graphs[1]
-
-
-def placeholders(manifest: Manifest, cache_dtype: str) -> list[Tensor]:
-    """The graphs' inputs as the manifest lists them, the cache in the dtype that was chosen."""
-
-    def placeholder(tensor: GraphTensor) -> Tensor:
-        shape: list[int | None] = [None if size < 0 else size for size in tensor.shape]
-        if not tensor.name.endswith("_cache"):
-            return Tensor(shape=shape, dtype=getattr(ms, tensor.dtype))
-        return Tensor(shape=[*shape[:-1], manifest.cache_width(cache_dtype)], dtype=getattr(ms, cache_dtype))
-
-    return [placeholder(tensor) for tensor in manifest.inputs]
-
-
-def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers:
-    """The other ranks, over the graph that gathers."""
-    graph = nn.GraphCell(ms.load(str(folder / "gather.mindir")))
-    graph.set_inputs(Tensor(shape=[None, None], dtype=ms.float32))
-    compiled = CompiledGraph(graph)
-
-    def gather(own: Floats) -> Floats:
-        try:
-            gathered: Floats = compiled(Tensor.from_numpy(own)).asnumpy()
-        except RuntimeError as error:
-            raise RunnerBroken(f"the other ranks are gone: {str(error).strip().splitlines()[0]}") from error
-        return gathered
-
-    return Peers(gather, rank, manifest.world_size, manifest.vocab_size)
-
-
-def share_weights(first: nn.GraphCell, second: nn.GraphCell) -> None:
-    """Let the second graph use the first one's memory for every weight.
-
-    Raises:
-        ManifestError: they do not have the same weights, or MindSpore did not share them.
-    """
-    ours, theirs = first.parameters_dict(), second.parameters_dict()
-    for name in ours.keys() ^ theirs.keys():
-        raise ManifestError(f"prefill and decode are not of one export: only one of them has {name}")
-    for name, parameter in theirs.items():
-        parameter.set_data(ours[name])
-        if parameter.data_ptr() != ours[name].data_ptr():
-            raise ManifestError(f"prefill and decode do not share the memory of {name}")
 
 
 def cached_columns(batch: StepBatch, block_size: int) -> Ints:
@@ -332,8 +265,3 @@ def rows_of_like_length(batch: StepBatch, block_size: int) -> Iterator[NDArray[n
             first = i
     if rows.size:
         yield np.sort(rows[first:])
-
-
-def as_tensor(array: NDArray[np.int32]) -> Tensor:
-    """An int32 input of a graph on memory that stays as it is during the call."""
-    return Tensor.from_numpy(np.array(array, dtype=np.int32))

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from agent.protocol import Ints
+from agent.protocol import Floats, Ints
 from agent.step_batch import StepBatch
 
 Phase = Literal["prefill", "decode"]
@@ -74,6 +74,12 @@ class PagedCall:
             rows=self.rows,
             places=self.places,
         )
+
+    def last_logits(self, answer: Floats, vocab_size: int) -> Floats:
+        """The logits of each row's last token, ``[B, vocab]``; some prefill graphs answer with those of all."""
+        logits = answer.reshape(self.token_ids.shape[0], -1, vocab_size)
+        rows: Floats = logits[np.arange(len(logits)), self.valid_lengths - 1 if logits.shape[1] > 1 else 0]
+        return rows
 
 
 def paged_calls(batch: StepBatch, limits: CallLimits) -> Iterator[PagedCall]:

@@ -1,24 +1,26 @@
 """Run a pair of paged MindIR graphs that another exporter wrote and ``models.adopt`` made a model folder of.
 
 Such graphs hold the cache as Parameters, so its size and type are theirs; the decode graph is given the prefill
-graph's, and the weights with it. A call holds prompts or next tokens, never both, and no prompt on cached tokens. Block
-0 is the null block here as everywhere: rows that only fill a graph's fixed number read and write there.
+graph's, and the weights with it. ``agent.paged_inputs`` makes their calls of a step. Block 0 is the null block here as
+everywhere: rows that only fill a graph's fixed number read and write there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+from typing import cast
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
 from agent.ascend_runner import take_device
-from agent.cache_probe import sharing_error
+from agent.cache_probe import LOGIT_TOLERANCE, sharing_error
+from agent.compiled_graph import CompiledGraph, placeholder, share_weights
 from agent.logits import Logits
-from agent.model_runner import LOGIT_TOLERANCE, CompiledGraph, share_weights
+from agent.paged_inputs import CallLimits, PagedCall, Phase, Role, paged_calls
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
@@ -60,10 +62,20 @@ class PagedPairRunner:
             take_device(device)
         else:
             take_cpu(threads or physical_cores())
-        self._padding_slot = pair.padding_slot
-        self._prefill = PairGraph(folder, pair.prefill, prompts=True)
-        self._decode = PairGraph(folder, pair.decode, prompts=False)
-        share_weights(self._prefill.cell, self._decode.cell)
+        self._graphs: dict[Phase, PairGraph] = {
+            "prefill": PairGraph(folder, pair.prefill),
+            "decode": PairGraph(folder, pair.decode),
+        }
+        prefill, decode = self._graphs["prefill"], self._graphs["decode"]
+        share_weights(prefill.cell, decode.cell)
+        # Where a graph leaves it open, each prompt goes alone: some exporters want prompts one behind the other, others
+        # side by side, and of one both are the same.
+        self._limits = CallLimits(
+            prompts=prefill.rows or 1,
+            prompt_tokens=prefill.length or sys.maxsize,
+            tokens=decode.rows or sys.maxsize,
+            padding_slot=pair.padding_slot,
+        )
         self._prove_sharing()
 
     def copy_blocks(self, copies: Ints) -> None:
@@ -83,52 +95,21 @@ class PagedPairRunner:
         They are whole even where ``best_only`` asks for less, since a pair has one rank.
 
         Raises:
-            PlanError: a prompt's first tokens are cached, or logits of another than a row's last position are wanted.
             RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
-        ends = np.cumsum(batch.query_lens)
-        wanted = np.searchsorted(ends, batch.logits_indices, side="right")  # [L], rows
-        if not np.array_equal(ends[wanted] - 1, batch.logits_indices):
-            raise PlanError("logits_indices: this model's graphs give logits of a row's last token only")
-        longer = batch.query_lens > 1
-        if (batch.context_lens > batch.query_lens)[longer].any():
-            raise PlanError("query_lens: this model's graphs continue no prompt whose first tokens are cached")
-        logits = np.empty((batch.query_lens.size, self.manifest.vocab_size), dtype=np.float32)
-        for graph, rows in ((self._decode, np.flatnonzero(~longer)), (self._prefill, np.flatnonzero(longer))):
-            for some in graph.calls(rows):
-                logits[some] = self._call(graph, batch, some)
-        return Logits.of(logits[wanted])
+        logits = np.empty((batch.logits_indices.size, self.manifest.vocab_size), dtype=np.float32)
+        for call in paged_calls(batch, self._limits):
+            logits[call.places] = self._call(call)[call.rows]
+        return Logits.of(logits)
 
-    def _call(self, graph: PairGraph, batch: StepBatch, rows: Ints) -> Floats:
-        """Some rows in one call of a graph, with padding where its shape is fixed: the logits of their last tokens."""
-        lengths = batch.query_lens[rows]
-        height, width = graph.shape(rows.size, int(lengths.max()))
-        tokens = np.zeros((height, width), np.int32)
-        slots = np.full((height, width), self._padding_slot, np.int32)
-        valid = np.ones(height, np.int32)
-        valid[: rows.size] = batch.context_lens[rows]
-        used = -(-int(valid.max()) // self.manifest.block_size)
-        tables = np.zeros((height, max(used, graph.table_width)), np.int32)
-        tables[: rows.size, :used] = batch.block_tables[rows, :used]
-        inside = np.arange(width) < lengths[:, None]  # [rows, width]
-        own = np.isin(np.repeat(np.arange(batch.query_lens.size), batch.query_lens), rows)  # [T]
-        tokens[: rows.size][inside] = batch.token_ids[own]
-        given = batch.slot_mapping[own]
-        slots[: rows.size][inside] = np.where(given < 0, self._padding_slot, given)
-        inputs = {
-            "token_ids": tokens,
-            "valid_lengths": valid,
-            "block_tables": tables,
-            "slot_mapping": slots.reshape(-1),
-        }
+    def _call(self, call: PagedCall) -> Floats:
+        """The logits of the last token of every row."""
+        graph = self._graphs[call.phase]
+        padded = graph.padded(call, self.manifest.block_size)
         try:
-            logits = graph(inputs)
+            return padded.last_logits(graph(padded), self.manifest.vocab_size)
         except RuntimeError as error:
             raise RunnerBroken(str(error).strip().splitlines()[0]) from error
-        logits = logits.reshape(height, -1, self.manifest.vocab_size)
-        last = lengths - 1 if logits.shape[1] > 1 else np.zeros_like(lengths)  # or of each row's last token only
-        wanted: Floats = logits[np.arange(rows.size), last]
-        return wanted
 
     def _prove_sharing(self) -> None:
         """See that the graphs work on one cache: tokens decoded after a prefill see what that wrote.
@@ -146,44 +127,34 @@ class PagedPairRunner:
 
 
 class PairGraph:
-    """One graph of a pair: how many rows and tokens a call holds, and how it is fed."""
+    """One graph of a pair.
 
-    def __init__(self, folder: Path, graph: PagedGraph, *, prompts: bool) -> None:
-        self._prompts = prompts
+    Attributes:
+        cell: what MindSpore has loaded.
+        rows, length: of a call, where the graph fixes them; 0: open.
+    """
+
+    def __init__(self, folder: Path, graph: PagedGraph) -> None:
         self._inputs = graph.inputs
         self.cell = nn.GraphCell(ms.load(str(folder / graph.file)))
         self.cell.set_inputs(*map(placeholder, graph.inputs))  # without this each new shape is compiled anew
         self._compiled = CompiledGraph(self.cell)
-        self._height, self._width = self._shape_of("token_ids")
-        self.table_width = self._shape_of("block_tables")[1] if "block_tables" in self._names else -1
+        shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        self.rows, self.length = (max(0, size) for size in shapes["token_ids"])
+        self._width = max(0, shapes.get("block_tables", (0, 0))[1])
 
-    def calls(self, rows: Ints) -> Iterator[Ints]:
-        """The rows in as many at a time as a call holds.
+    def padded(self, call: PagedCall, block_size: int) -> PagedCall:
+        """The call in the graph's shape; what is open is as large as the call needs."""
+        rows, length = call.token_ids.shape
+        blocks = -(-int(call.valid_lengths.max()) // block_size)
+        return call.padded(rows=self.rows or rows, length=self.length or length, width=self._width or blocks)
 
-        Where the graph leaves that open, next tokens go all together, and each prompt alone: some exporters want
-        prompts one behind the other, others side by side, and of one prompt both are the same.
-        """
-        most = self._height if self._height > 0 else 1 if self._prompts else max(1, rows.size)
-        for first in range(0, rows.size, most):
-            yield rows[first : first + most]
-
-    def shape(self, rows: int, longest: int) -> tuple[int, int]:
-        """Rows and tokens of each in a call, for so many of which the longest has so many new tokens."""
-        return self._height if self._height > 0 else rows, self._width if self._width > 0 else longest
-
-    def __call__(self, inputs: dict[str, Ints]) -> Floats:
+    def __call__(self, call: PagedCall) -> Floats:
         """Feed it, each input by what it is for: its first output, as float32."""
-        outputs = self._compiled(*(feed(tensor, inputs[tensor.name]) for tensor in self._inputs))
+        outputs = self._compiled(*(feed(tensor, call.input(cast(Role, tensor.name))) for tensor in self._inputs))
         first: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         logits: Floats = first.asnumpy().astype(np.float32, copy=False)
         return logits
-
-    @property
-    def _names(self) -> list[str]:
-        return [tensor.name for tensor in self._inputs]
-
-    def _shape_of(self, name: str) -> tuple[int, ...]:
-        return self._inputs[self._names.index(name)].shape
 
 
 def take_cpu(threads: int) -> None:
@@ -193,13 +164,10 @@ def take_cpu(threads: int) -> None:
     ms.set_context(runtime_num_threads=threads)
 
 
-def placeholder(tensor: GraphTensor) -> Tensor:
-    """An input of a graph as its manifest describes it."""
-    return Tensor(shape=[None if size < 0 else size for size in tensor.shape], dtype=getattr(ms, tensor.dtype))
-
-
 def feed(tensor: GraphTensor, values: Ints) -> Tensor:
-    """Numbers as an input wants them: lengths can be a row or a column of a matrix."""
-    if len(tensor.shape) > values.ndim:
+    """Numbers as an input wants them: slots in one row, lengths maybe in a row or a column of a matrix."""
+    if len(tensor.shape) == 1:
+        values = values.reshape(-1)
+    elif values.ndim == 1:
         values = values[None, :] if tensor.shape[0] == 1 else values[:, None]
     return Tensor.from_numpy(np.array(values, dtype=tensor.dtype))

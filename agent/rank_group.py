@@ -11,7 +11,7 @@ from agent.child_process import StartError
 from agent.lifeline import AgentSettings
 from agent.rendezvous import Rendezvous
 from agent.tasks import first, together
-from config.serving_config import ServingConfig
+from config.serving_config import ModelConfig, ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
 LAST_SECONDS = 2.0  # the same once one has ended: no step of the others can count any more
@@ -39,7 +39,7 @@ class RankGroup:
         """
         self._ranks, self._rendezvous = [], []
         rank_0, world_size = self._settings[0], len(self._settings)
-        if world_size > 1 and rank_0.model.target != "standin":  # whose every rank computes the whole rule
+        if world_size > 1 and meets(rank_0.model):
             log = Path(rank_0.config.logging.folder) / f"rendezvous-{rank_0.port}.stderr"
             self._rendezvous = [await Rendezvous.start(self.name, world_size, log)]
         for settings in self._settings:
@@ -69,6 +69,14 @@ class RankGroup:
         """End all processes at once."""
         for process in (*self._ranks, *self._rendezvous):
             process.kill()
+
+
+def meets(model: ModelConfig) -> bool:
+    """Whether the ranks of such a model compute together in MindSpore.
+
+    Each rank of a stand-in computes the whole rule, and those of MindSpore Lite find each other by a rank table.
+    """
+    return model.target != "standin" and model.runtime == "mindspore"
 
 
 async def _announce(agent: AgentProcess, rank: int) -> None:

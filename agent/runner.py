@@ -26,7 +26,11 @@ class Runner(Protocol):
     cache_dtype: str
 
     def copy_blocks(self, copies: Ints) -> None:
-        """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``; no block is copied from and to."""
+        """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``; no block is copied from and to.
+
+        Raises:
+            RunnerBroken: the copy failed, and so will all steps.
+        """
         ...
 
     def agree(self, digest: bytes) -> None:

@@ -196,6 +196,17 @@ def verify_files(folder: str | Path, manifest: Manifest, needed: Callable[[str],
             raise ManifestError(f"{path}: is not the file that was exported (SHA-256 differs); export the model again")
 
 
+def verify_rank(folder: str | Path, manifest: Manifest, rank: int) -> Path:
+    """Check the files that one rank loads, and no other rank's: the folder of its graphs.
+
+    Raises:
+        ManifestError: as of ``verify_files``.
+    """
+    own = rank_folder(rank, manifest.world_size)
+    verify_files(folder, manifest, lambda name: not name.startswith("rank_") or name.startswith(f"{own}/"))
+    return Path(folder) / own
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

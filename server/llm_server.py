@@ -23,6 +23,7 @@ from server.metrics import Metrics, ModelMetrics
 from server.replicas import Replicas
 from server.request import GenerationParams, Request
 from server.request_stream import RequestStream
+from server.step import MAX_PROMPT_LOGITS
 from server.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
 
 ENCODE_IN_THREAD = 4096  # characters of a prompt that take long enough (about 4 ms) to be worth a thread
@@ -136,6 +137,7 @@ class LLMServer:
         finally:
             self._preparing -= n
         self._check_open()
+        self._check_scores(params, len(prompt_ids))
         params = self._with_end_tokens(params)
         max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
         request_id = request_id or uuid.uuid4().hex
@@ -252,14 +254,23 @@ class LLMServer:
             raise InvalidRequest(f"is more than the {wanted} tokens that the answer may have", "min_new_tokens")
         return wanted
 
+    def _check_scores(self, params: GenerationParams, prompt_tokens: int) -> None:
+        """Whether the graphs can tell what they make of the prompt, if that is asked for."""
+        if not params.prompt_logprobs:
+            return
+        can, most = self.manifest.capabilities, MAX_PROMPT_LOGITS + 1  # the first token has no log-probability
+        if not can.prompt_logits:
+            raise InvalidRequest("this model's graphs say nothing of a prompt's own tokens", "prompt_logprobs")
+        if not can.cached_context and prompt_tokens > most:
+            taken = f"this model's graphs take a prompt whole, and score one of {most} at most"
+            raise InvalidRequest(f"the prompt has {prompt_tokens} tokens; {taken}", "prompt_logprobs")
+
     def _with_end_tokens(self, params: GenerationParams) -> GenerationParams:
         """Fill in which tokens end the answer, and check what else the scheduler relies on."""
         self.check_token_ids(params.stop_token_ids, "stop_token_ids")
         self.check_token_ids([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
         if not all(params.stop):
             raise InvalidRequest("holds an empty string", "stop")
-        if params.prompt_logprobs and not self.manifest.capabilities.prompt_logits:
-            raise InvalidRequest("this model's graphs say nothing of a prompt's own tokens", "prompt_logprobs")
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
         return dataclasses.replace(params, sampling=msgspec.structs.replace(params.sampling, end_token_ids=ends))

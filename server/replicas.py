@@ -187,4 +187,6 @@ class Replicas:
 def _chosen(request: Request, loops: Sequence[StepLoop]) -> StepLoop | None:
     """The loop that gets a request; None if it has room in none."""
     fitting = [loop for loop in loops if loop.fits(request)]
+    if len(fitting) == 1:
+        return fitting[0]
     return fitting[choose([loop.load(request) for loop in fitting])] if fitting else None

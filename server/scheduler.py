@@ -31,7 +31,7 @@ from server.block_manager import BlockManager
 from server.dispatcher import Load
 from server.prefix_keys import PrefixKeys
 from server.request import PRIORITY_SECONDS, FinishReason, Request, Status
-from server.step import Draft, Row, Step
+from server.step import MAX_PROMPT_LOGITS, Draft, Row, Step
 from server.trials import Trials
 
 MAX_IN_FLIGHT = 2  # steps: one that the agents run, and the next
@@ -111,11 +111,16 @@ class Scheduler:
         return [*self._running, *self._waiting]
 
     def add(self, request: Request) -> None:
-        """Queue a request. Prompt and answer together must fit the cache and, if prompts cannot be cut, a step."""
+        """Queue a request. Prompt and answer together must fit the cache.
+
+        If prompts cannot be cut, they must fit a step as well, and so must the positions that are to be scored.
+        """
         longest = len(request.prompt_ids) + request.max_new_tokens
         assert request.prompt_ids, "a prompt has at least one token"
         assert longest <= self.blocks.num_usable * self.blocks.block_size, "the request fits the cache alone"
         assert self._chunks or longest <= self._budget, "the request fits a step"
+        scored = len(request.prompt_ids) - 1 if request.params.prompt_logprobs else 0
+        assert self._chunks or scored <= MAX_PROMPT_LOGITS, "its prompt is scored in one step"
         rank = request.arrival + request.params.priority * PRIORITY_SECONDS
         request.order = rank, next(self._numbers)
         insort(self._waiting, request, key=_in_order)

@@ -54,7 +54,7 @@ class Draft:
         if request.params.prompt_logprobs:
             # The prompt's last position is sampled from; those before it have a successor to look up.
             first, last = max(start, request.num_prompt_logprobs), len(request.prompt_ids) - 1
-            if first < last:
+            if first + self._logits_left < last:
                 new = min(new, first + self._logits_left - start)
             logits = range(first, min(start + new, last))
         if new <= 0 or (new < wanted and not self._chunks):

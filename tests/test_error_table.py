@@ -199,6 +199,7 @@ ELSEWHERE = {  # produced by a test of its own: the first four in test_guarded_a
     "waiting for …: agents at …",
     "inputs: has … tokens; this server takes …",
     "…: this model's graphs say nothing of a prompt's own tokens",
+    "…: the prompt has … tokens; this model's graphs take a prompt whole, and score one of … at most",
     "max_new_tokens: … is more than the … that this server gives",
     "no turn came within … s; try again later",
     "the server is stopping",
@@ -270,13 +271,13 @@ def without_chat_template(folder: Path) -> Path:
     return folder
 
 
-def without_prompt_logits(folder: Path) -> Path:
-    """The stand-in as a model whose graphs give the logits of a row's last token only."""
+def with_capabilities(folder: Path, **capabilities: bool) -> str:
+    """The stand-in as a model whose graphs can do less."""
     shutil.copytree(ROOT / "config/standin", folder)
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    manifest["capabilities"] = {"prompt_logits": False}
+    manifest["capabilities"] = capabilities
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
+    return str(folder)
 
 
 def test_an_app_without_agents(tmp_path: Path) -> None:
@@ -311,9 +312,10 @@ def test_a_drain(tmp_path: Path) -> None:
 
 
 def test_limits_of_the_engine(tmp_path: Path) -> None:
-    limits = {"max_num_seqs": 1, "max_prompt_tokens": 20, "max_new_tokens": 200, "max_queue_seconds": 0.1}
-    model = {"step_seconds": 0.02, "path": str(without_prompt_logits(tmp_path / "model"))}
-    with serving(tmp_path, [model], limits=limits) as deployment, ThreadPoolExecutor() as threads:
+    limits = {"max_num_seqs": 1, "max_prompt_tokens": 300, "max_new_tokens": 200, "max_queue_seconds": 0.1}
+    model = {"step_seconds": 0.02, "path": with_capabilities(tmp_path / "model", prompt_logits=False)}
+    whole = {"names": ["whole"], "path": with_capabilities(tmp_path / "whole", cached_context=False)}
+    with serving(tmp_path, [model, whole], limits=limits) as deployment, ThreadPoolExecutor() as threads:
         client = deployment.client()
         scored = {"inputs": "x", "parameters": {"details": True, "decoder_input_details": True}}
         check(client.post(LEGACY, json=scored), "…: this model's graphs say nothing of a prompt's own tokens")
@@ -322,7 +324,12 @@ def test_limits_of_the_engine(tmp_path: Path) -> None:
             client.post("/v1/completions", json={**scored, "model": "llama2"}),
             "…: this model's graphs say nothing of a prompt's own tokens",
         )
-        check(client.post(LEGACY, json={"inputs": "x" * 30}), "inputs: has … tokens; this server takes …")
+        scored = {"inputs": "x" * 257, "parameters": {"details": True, "decoder_input_details": True}}
+        check(
+            client.post("/models/whole", json=scored),
+            "…: the prompt has … tokens; this model's graphs take a prompt whole, and score one of … at most",
+        )
+        check(client.post(LEGACY, json={"inputs": "x" * 300}), "inputs: has … tokens; this server takes …")
         body: dict[str, Any] = {"inputs": "x", "parameters": {"ignore_eos": True, "max_new_tokens": 201}}
         check(client.post(LEGACY, json=body), "max_new_tokens: … is more than the … that this server gives")
         body["parameters"]["max_new_tokens"] = 200

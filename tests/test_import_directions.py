@@ -64,7 +64,7 @@ CLIENT_MAY_IMPORT = ["config.version", *(file.removesuffix(".py").replace("/", "
 IMPURE = ["asyncio", "concurrent", "datetime", "multiprocessing", "os", "select", "socket", "threading", "time"]
 UNRESOLVABLE = {"mindformers": ["models/mindformers_export.py"]}  # no extra could install it: see docs/mindformers.md
 OPTIONAL = ("server/request_span.py", "server/span_export.py")  # need the packages of the extra ``otel``
-RUNNERS = ("agent/model_runner.py", "agent/paged_pair_runner.py", "agent/ascend_runner.py")
+RUNNERS = ("agent/compiled_graph.py", "agent/model_runner.py", "agent/paged_pair_runner.py", "agent/ascend_runner.py")
 # agent/collective.py: ranks meet in MindSpore, at a process that has no runner.
 MINDSPORE_IN = ("agent/collective.py", *RUNNERS, "models/", "kernels/")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite_pairs import BLOCK_SIZE, DECODE, FAKES, replace_manifest, write_pair
 from paged_rows import Row, step
-from serving_processes import serving, standin_deployment
+from serving_processes import free_ports, serving, standin_deployment
 
 from agent.arithmetic_model import BEGIN, END, ArithmeticModel, answer
 from agent.lite_runner import LiteRunner
@@ -197,9 +197,13 @@ def model(folder: Path, **settings: Any) -> dict[str, Any]:
 SERVED = {"max_num_seqs": 3, "max_num_batched_tokens": 128}
 
 
-def test_a_deployment_answers_by_the_rule(pair: Path, tmp_path: Path, on_the_path: None) -> None:
+def test_a_deployment_of_two_ranks_answers_by_the_rule(tmp_path: Path, on_the_path: None) -> None:
+    folder, table = write_pair(tmp_path / "pair", ranks=2), tmp_path / "hccl.json"
+    table.write_text("{}")
+    ranks = model(folder, agent_ports=free_ports(2), rank_table=str(table))
     prompts = ["hi", "one", "a prompt that fills more than one block of the cache", "x" * 60]
-    with serving(tmp_path, [model(pair)], limits=SERVED) as deployment, ThreadPoolExecutor() as threads:
+    with serving(tmp_path, [ranks], limits=SERVED) as deployment, ThreadPoolExecutor() as threads:
+        assert not list(tmp_path.glob("logs/rendezvous-*"))  # ranks of Lite have their table
         client = deployment.client()
 
         def ask(prompt: str) -> str:

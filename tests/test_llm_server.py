@@ -149,7 +149,7 @@ def test_preempted_answers_as_undisturbed(tmp_path: Path) -> None:
     assert value(metrics, "kv_cache_usage_perc") == 0
 
 
-@pytest.mark.parametrize("graphs", [{"mixed_steps": False}, {"cached_context": False, "prompt_logits": False}], ids=str)
+@pytest.mark.parametrize("graphs", [{"mixed_steps": False, "prompt_logits": False}, {"cached_context": False}], ids=str)
 def test_graphs_that_can_do_less_answer_as_others(tmp_path: Path, graphs: dict[str, bool]) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "config/standin", model)
@@ -157,16 +157,19 @@ def test_graphs_that_can_do_less_answer_as_others(tmp_path: Path, graphs: dict[s
 
     async def main(server: LLMServer) -> None:
         assert await read(server, PROMPTS[:8], greedy(60)) == [by_hand(prompt, 60) for prompt in PROMPTS[:8]]
-        with pytest.raises(InvalidRequest, match="context of 256" if "cached_context" in graphs else "context of 8192"):
+        with pytest.raises(InvalidRequest, match="context of 300" if "cached_context" in graphs else "context of 8192"):
             await collect(server, "x" * 8192, greedy(1))
-        scored = collect(server, "hi", greedy(1, prompt_logprobs=True))
-        if graphs.get("prompt_logits", True):
-            assert (await scored).prompt_tokens[-1].logprob is not None
+        scored = greedy(1, prompt_logprobs=True)
+        if "cached_context" in graphs:
+            longest = await collect(server, [BEGIN, *b"x" * 256], scored)
+            assert all(token.logprob is not None for token in longest.prompt_tokens[1:])
+            with pytest.raises(InvalidRequest, match=r"the prompt has 258 tokens; .* score one of 257 at most"):
+                await collect(server, [BEGIN, *b"x" * 257], scored)
         else:
             with pytest.raises(InvalidRequest, match="nothing of a prompt's own tokens"):
-                await scored
+                await collect(server, "hi", scored)
 
-    with agents(tmp_path, path=str(model), limits={"max_num_batched_tokens": 256}) as deployment:
+    with agents(tmp_path, path=str(model), limits={"max_num_batched_tokens": 300}) as deployment:
         run(deployment, main)
 
 
