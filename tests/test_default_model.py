@@ -75,6 +75,7 @@ def test_logits_of_every_position_equal_the_reference(model_folder: Path) -> Non
         assert np.abs(np.concatenate(parts) - expected).max() < LOGIT_TOLERANCE
 
 
+@pytest.mark.slow
 def test_alone_gives_the_text_of_the_batch(deployment: Serving, answers: list[Answer]) -> None:
     client = deployment.client()
     for prompt, together in list(zip(PROMPTS, answers, strict=True))[::8]:
@@ -83,6 +84,7 @@ def test_alone_gives_the_text_of_the_batch(deployment: Serving, answers: list[An
         assert alone.token_ids[:same] == together.token_ids[:same]
 
 
+@pytest.mark.slow
 def test_preempted_requests_give_the_same_text(crowded: Serving, answers: list[Answer]) -> None:
     some = slice(0, None, 3)
     for undisturbed, preempted in zip(answers[some], ask_together(crowded, PROMPTS[some]), strict=True):

@@ -165,6 +165,7 @@ def default_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Cl
         yield deployment.client()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", READMES)
 def test_the_answers_that_are_shown_are_those_of_the_default_model(document: str, default_model: httpx.Client) -> None:
     shown = re.findall(

@@ -294,6 +294,7 @@ def test_an_app_without_agents(tmp_path: Path) -> None:
         deployment.stop()
 
 
+@pytest.mark.slow
 def test_a_drain(tmp_path: Path) -> None:
     with (
         serving(tmp_path, [{"step_seconds": 0.02}], server={"drain_seconds": 2}) as deployment,
@@ -311,6 +312,7 @@ def test_a_drain(tmp_path: Path) -> None:
         check(unfinished.result(), "the server is shutting down and has not finished this answer")
 
 
+@pytest.mark.slow
 def test_limits_of_the_engine(tmp_path: Path) -> None:
     limits = {"max_num_seqs": 1, "max_prompt_tokens": 300, "max_new_tokens": 200, "max_queue_seconds": 0.1}
     model = {"step_seconds": 0.02, "path": with_capabilities(tmp_path / "model", prompt_logits=False)}

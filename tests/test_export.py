@@ -110,7 +110,9 @@ def test_a_damaged_export_is_not_used_but_made_anew(checkpoint: Path, exported: 
     verify_files(exported, read_manifest(exported))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_an_interrupted_export_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path, number: int) -> None:
     folder = tmp_path / "models" / "tiny"
     with subprocess.Popen(
@@ -151,6 +153,7 @@ def test_nothing_but_an_export_is_replaced(checkpoint: Path, tmp_path: Path, kin
     assert before == (sorted(target.iterdir()) if target.is_dir() else target.read_text())
 
 
+@pytest.mark.slow
 def test_weights_that_mindspore_writes_to_a_folder_of_their_own(
     checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +199,7 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_export_runs_on_standard_operators(checkpoint: Path, tmp_path: Path) -> None:
     done = run_export(checkpoint, tmp_path / "tiny", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr

@@ -299,6 +299,7 @@ def test_a_group_is_started_again_alone(tmp_path: Path) -> None:
     assert list(started.logs.glob("*.state")) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_kept_running_is_given_up(tmp_path: Path) -> None:
     path = exported(tmp_path / "model")
     with agents(tmp_path, {"path": path}) as started:

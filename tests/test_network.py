@@ -26,12 +26,13 @@ TOLERANCE = 1e-3  # of a logit
 PACKED_TOLERANCE = 0.1  # of the largest logit, where weights and activations are rounded
 OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() else [])]
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
+QUICK = [("llama", "bfloat16"), ("qwen3", "int8")]  # of the packed ones; the others are among the slow tests
 DISTINCT = ("llama", "internlm", "qwen3")  # plain, with biases, with norms: all that differs between operators
 CASES = [
     pytest.param((family, operators), id=f"{family}-{operators}", marks=marks)
     for family in FAMILIES
     for operators in OPERATORS
-    for marks in [() if operators == OPERATORS[-1] or family in DISTINCT else pytest.mark.slow]
+    for marks in [() if operators == OPERATORS[-1] or family == "llama" else pytest.mark.slow]
 ]
 
 
@@ -111,8 +112,14 @@ def test_a_step_may_want_no_logits(network: tuple[torch.nn.Module, ModelRunner])
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", DISTINCT)
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        pytest.param(family, weights, marks=[] if (family, weights) in QUICK else pytest.mark.slow)
+        for family in DISTINCT
+        for weights in ("bfloat16", "int8")
+    ],
+)
 def test_packed_weights_change_logits_a_little(family: str, weights: WeightFormat, tmp_path: Path) -> None:
     model = write_tiny(family, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", "native", weights)
@@ -121,7 +128,7 @@ def test_packed_weights_change_logits_a_little(family: str, weights: WeightForma
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "kind", ["Q4_1", "Q8_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q4_0", "BF16", "Q5_0"))]
+    "kind", ["Q4_1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q4_0", "Q8_0", "BF16", "Q5_0"))]
 )
 def test_the_blocks_of_a_gguf_file_are_served_as_they_are(kind: str, tmp_path: Path) -> None:
     write_tiny_gguf("llama", tmp_path / "tiny.gguf", quantization=getattr(gguf.GGMLQuantizationType, kind))
@@ -144,7 +151,7 @@ def assert_similar(runner: ModelRunner, model: torch.nn.Module) -> None:
     assert largest_difference(np.concatenate(parts), expected) < PACKED_TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("operators", OPERATORS)
+@pytest.mark.parametrize("operators", [pytest.param("portable", marks=pytest.mark.slow), *OPERATORS[1:]])
 def test_the_cache_dtype_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
     model = write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", operators)

@@ -27,6 +27,7 @@ def run_schemathesis(deployment: Serving, folder: Path, *options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_few_requests_to_every_operation(standin: Serving, tmp_path: Path) -> None:
     run_schemathesis(standin, tmp_path, "--phases=fuzzing", "--max-examples=5")
 

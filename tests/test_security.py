@@ -29,7 +29,8 @@ CLIENTS = {
     "urllib3",
     "websockets",
 }
-MAY_CALL_OUT = (*CLIENT, "server/span_export.py")  # what runs at a client's; where the operator says
+ACCEPTANCE = ("agent/acceptance.py", "agent/golden_text.py")  # a tool that asks the server which it has started
+MAY_CALL_OUT = (*CLIENT, *ACCEPTANCE, "server/span_export.py")  # what runs at a client's; where the operator says
 REMOTE = (
     "server: {{host: {host}, {switches}}}\nmodels: [{{path: x, names: [a], agent_ports: [9], agent_host: {agent}}}]"
 )
@@ -83,7 +84,7 @@ def made_up_patterns(tree: ast.AST) -> list[str]:
         ast.unparse(call)
         for function in functions(tree)
         for name, call in calls(function)
-        if name.startswith("re.") and name != "re.escape" and not isinstance(call.args[0], ast.Constant)
+        if re.fullmatch(r"re\.\w+", name) and name != "re.escape" and not isinstance(call.args[0], ast.Constant)
     ]
 
 

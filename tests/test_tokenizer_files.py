@@ -68,6 +68,7 @@ def default_checkpoint(default_path: Path) -> Checkpoint:
     return open_checkpoint(default_path)
 
 
+@pytest.mark.slow
 def test_default_model_has_transformers_ids(default_path: Path, default_checkpoint: Checkpoint) -> None:
     reference = AutoTokenizer.from_pretrained(default_path.parent, gguf_file=default_path.name)
     tokenizer = Tokenizer.from_str(default_checkpoint.text.tokenizer_json)

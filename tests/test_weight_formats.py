@@ -96,6 +96,7 @@ def test_float32_goes_all_the_way_with_itself(prompts: Tokens, reference: Tokens
     assert matched(default_model("float32"), prompts, reference) > NEW_TOKENS - 2  # but for near ties
 
 
+@pytest.mark.slow
 def test_auto_takes_what_is_known_to_be_best_for_the_default_model(tmp_path: Path) -> None:
     assert export.main(["--output", str(tmp_path / "model")]) == 0
     assert read_manifest(tmp_path / "model").weights == "gguf"
