@@ -80,6 +80,8 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
             yield "weights", str(error)
     block_bytes = manifest.cache_block_bytes(cache_dtype)
     blocks = manifest.pair.num_blocks if manifest.pair else MIN_BLOCKS
+    if manifest.pair and manifest.world_size > 1 and model.runtime == "mindspore":
+        yield "runtime", f"the pairs of {model.path} are of {manifest.world_size} ranks, which only mindspore_lite runs"
     if model.cache_bytes is None and manifest.pair:
         yield "cache_memory", f"the graphs of {model.path} hold their cache: write at least {blocks * block_bytes}B"
     if model.cache_bytes is not None and model.cache_bytes < blocks * block_bytes:

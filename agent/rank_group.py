@@ -27,6 +27,7 @@ class RankGroup:
         names = ", ".join(model.names)
         self.name = f"group {group} of {names}" if model.data_parallel > 1 else names
         self.state_path = config.state_path(model, group)
+        self._start_seconds = config.limits.start_seconds
         self._settings = [AgentSettings(config, model_index, group, rank) for rank in range(len(model.groups[group]))]
         self._ranks: list[AgentProcess] = []
         self._rendezvous: list[Rendezvous] = []  # one, or none where no rank computes with another
@@ -46,7 +47,17 @@ class RankGroup:
             environment = self._rendezvous[0].environment(settings.rank) if self._rendezvous else {}
             self._ranks.append(await AgentProcess.start(settings, environment))
         everyone = together(_announce(agent, rank) for rank, agent in enumerate(self._ranks))
-        await first([everyone, *(_lost_too_early(rendezvous) for rendezvous in self._rendezvous)])
+        await first([everyone, self._too_late(), *(_lost_too_early(rendezvous) for rendezvous in self._rendezvous)])
+
+    async def _too_late(self) -> None:
+        """Wait for as long as a start may take.
+
+        Raises:
+            StartError: that is over.
+        """
+        await asyncio.sleep(self._start_seconds)
+        waiting = f"the agents of {self.name} are not ready after {self._start_seconds:g} s (limits.start_seconds)"
+        raise StartError(f"{waiting}: see their agent-PORT.log and agent-PORT.stderr")
 
     async def life(self) -> str:
         """Wait until one of the processes of a ready group has ended, and say how."""

@@ -58,6 +58,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_answers: Positive = 128  # to one request: its prompts times n, or best_of; each takes a place in the queue
     max_grammar_bytes: Positive = 32 << 10  # of a JSON schema, regular expression or grammar
     max_grammar_seconds: PositiveSeconds = 0.5  # of one core, to compile it
+    start_seconds: PositiveSeconds = 1800.0  # of a group of agents until all are ready; graphs may be compiled in it
     step_seconds: Seconds = 30.0  # of a step, and for each of its tokens …
     step_seconds_per_token: Seconds = 0.5  # … before its agent is taken to hang; far more than any honest step
 

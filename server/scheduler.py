@@ -124,6 +124,7 @@ class Scheduler:
         rank = request.arrival + request.params.priority * PRIORITY_SECONDS
         request.order = rank, next(self._numbers)
         insort(self._waiting, request, key=_in_order)
+        self._trials.suspect(request)
 
     def remove(self, request: Request) -> None:
         """Let another scheduler have a request that waits and takes part in no step; its answer so far goes along."""

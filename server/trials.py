@@ -49,10 +49,15 @@ class Trials:
             request.num_crashes += 1
             if request.num_crashes >= MAX_CRASHES:
                 guilty.append(request)
-            elif request.num_crashes >= CRASHES_TO_SUSPECT:
-                self._remove([request])
-                self._groups.append([request])
+            else:
+                self.suspect(request)
         return guilty
+
+    def suspect(self, request: Request) -> None:
+        """A request has crashed agents, here or in another group: try it alone if that has happened too often."""
+        if request.num_crashes >= CRASHES_TO_SUSPECT:
+            self._remove([request])
+            self._groups.append([request])
 
     def passed(self, request: Request) -> None:
         """The request has got a token: whatever went wrong before, it is over it."""

@@ -311,6 +311,13 @@ def test_a_model_that_cannot_be_kept_running_is_given_up(tmp_path: Path) -> None
         assert "no model is left to serve" in started.process.output
 
 
+def test_a_start_has_its_time(tmp_path: Path) -> None:
+    deployment = standin_deployment(tmp_path, limits={"start_seconds": 0.01})
+    launcher = Process("start_agent.py", "--config", deployment.config_path)
+    assert launcher.wait() == 1
+    assert "llama2, internlm are not ready after 0.01 s (limits.start_seconds)" in launcher.output
+
+
 @pytest.mark.slow
 def test_the_others_are_served_on_when_a_model_is_given_up(tmp_path: Path) -> None:
     path, [broken, other] = exported(tmp_path / "model"), free_ports(2)

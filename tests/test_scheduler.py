@@ -18,6 +18,7 @@ from server.request import FinishReason, GenerationParams, Request, Status
 from server.scheduler import MAX_IN_FLIGHT, MAX_PREEMPTIONS, Scheduler
 from server.step import MAX_PROMPT_LOGITS, Step
 from server.step_plan import make_plan
+from server.trials import CRASHES_TO_SUSPECT
 
 BLOCK_SIZE = 4
 ENDS = GenerationParams(sampling=SamplingParams(end_token_ids=(END,)))
@@ -186,6 +187,15 @@ def test_who_was_preempted_often_comes_back_with_room_for_its_whole_answer() -> 
     assert [row.request for row in run(policy).rows] == [second]
     assert len(second.block_table) == 4
     policy.check()
+
+
+def test_who_crashed_agents_of_another_group_runs_alone_in_this_one() -> None:
+    policy, innocent, suspect = scheduler(), request(3), request(3)
+    suspect.num_crashes = CRASHES_TO_SUSPECT
+    policy.add(innocent)
+    policy.add(suspect)
+    assert [row.request for row in run(policy).rows] == [suspect]
+    assert {row.request for row in run(policy).rows} == {innocent, suspect}
 
 
 def test_the_next_step_is_planned_before_the_token_of_the_last_is_known() -> None:

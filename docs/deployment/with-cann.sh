@@ -8,4 +8,8 @@ for file in "$ascend/ascend-toolkit/set_env.sh" "$ascend/cann/set_env.sh" "$asce
     source "$file"
   fi
 done
+# CANN writes logs and compiled kernels; its own choices, the home and the current folder, are read-only in our containers and units.
+export ASCEND_PROCESS_LOG_PATH="${ASCEND_PROCESS_LOG_PATH:-/tmp/ascend/log}"
+export ASCEND_WORK_PATH="${ASCEND_WORK_PATH:-/tmp/ascend/work}" ASCEND_CACHE_PATH="${ASCEND_CACHE_PATH:-/tmp/ascend/cache}"
+mkdir -p "$ASCEND_PROCESS_LOG_PATH" "$ASCEND_WORK_PATH" "$ASCEND_CACHE_PATH"
 exec "$@"
