@@ -92,11 +92,13 @@ def as_text(report: Report) -> Iterator[str]:
     yield ", ".join(f"{levels.count(level)} {level}" for level in LEVELS)
 
 
-def accept(report: Report, target: Target) -> bool:
-    """Run the whole chain and write its report: whether every stage passed."""
+def accept(report: Report, host: AscendHost) -> bool:
+    """Run the whole chain and write its report: whether no stage failed."""
+    target: Target = "ascend" if host.present() else "cpu"
+    devices = len(host.device_nodes()) if target == "ascend" else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is being tried is stopped on the way
     stages = []
-    for stage in Acceptance(target, ACCEPTANCE).run():
+    for stage in Acceptance(target, ACCEPTANCE, devices).run():
         stages.append(stage)
         print(f"{stage.outcome:<8} {stage.stage}, {stage.seconds:.0f} s: {stage.found}", flush=True)  # noqa: T201
     data = acceptance_report.as_data(target, as_json(report), stages)
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print("\n".join(as_text(report)), flush=True)  # noqa: T201
     try:
-        passed = not options.accept or accept(report, "ascend" if host.present() else "cpu")
+        passed = not options.accept or accept(report, host)
     except KeyboardInterrupt:
         return 130
     return int(worst(one for found in report.values() for one in found) == "error" or not passed)

@@ -43,6 +43,12 @@ def test_the_report_is_the_same_for_people_and_programs() -> None:
     assert json.loads(block) == data
 
 
+def test_ranks_that_a_host_has_no_devices_for_are_skipped(tmp_path: Path) -> None:
+    results = Acceptance("ascend", tmp_path, devices=0).run()
+    next(results)  # the operators, which fail here
+    assert [(one.stage, one.outcome) for one in results] == [("one rank", "skipped"), ("two ranks", "skipped")]
+
+
 @pytest.mark.slow
 def test_the_whole_chain_on_the_cpu(tmp_path: Path) -> None:
     results = list(Acceptance("cpu", tmp_path).run())
