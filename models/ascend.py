@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from config.serving_config import WeightFormat
 from models.network import Phase
 from models.network_config import NetworkConfig
+from models.portable import Embedding, Linear, ResidualLinear, SharedEmbedding
 from models.weight_map import Weights, WeightSource
 
 MAX_STEP_TOKENS = None  # as many as the configuration allows
@@ -93,32 +94,6 @@ def npu(weights: WeightFormat, context_length: int) -> Operators:
     return Operators(auto_generate, DTYPES[weights], context_length)
 
 
-class Embedding(nn.Cell):  # type: ignore[misc]
-    """The rows of the tokens: i32 ``[T] → [T, hidden]``."""
-
-    def __init__(self, weight: Parameter, norm: Parameter) -> None:
-        super().__init__(auto_prefix=False)
-        self.weight = weight
-
-    def construct(self, token_ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, token_ids, 0)
-
-
-class SharedEmbedding(nn.Cell):  # type: ignore[misc]
-    """The same where this rank has the rows from ``first_token`` on, and zeros for the tokens of the others."""
-
-    def __init__(self, weight: Parameter, norm: Parameter, first_token: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.weight = weight
-        self.first_token, self.num_rows = first_token, weight.shape[0]
-
-    def construct(self, token_ids: Tensor) -> Tensor:
-        rows = token_ids - self.first_token
-        here = ops.logical_and(rows >= 0, rows < self.num_rows)
-        x = ops.gather(self.weight, rows * ops.cast(here, ms.int32), 0)
-        return x * ops.cast(here, self.weight.dtype).expand_dims(1)
-
-
 class RMSNorm(nn.Cell):  # type: ignore[misc]
     """``x / rms(x) * weight`` over the last axis."""
 
@@ -129,33 +104,6 @@ class RMSNorm(nn.Cell):  # type: ignore[misc]
 
     def construct(self, x: Tensor) -> Tensor:
         return self.norm(x, self.weight)[0]
-
-
-class Linear(nn.Cell):  # type: ignore[misc]
-    """``x [T, in] → [T, out]`` with a weight of ``[out, in]``."""
-
-    def __init__(self, weight: Parameter, bias: Parameter | None) -> None:
-        super().__init__(auto_prefix=False)
-        self.weight = weight
-        self.bias = bias
-        self.matmul = ops.MatMul(transpose_b=True)
-
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-class ResidualLinear(nn.Cell):  # type: ignore[misc]
-    """A linear layer whose result, of several ranks their sum, is added to the residual stream."""
-
-    def __init__(self, weight: Parameter, bias: Parameter | None, reduce: Any) -> None:
-        super().__init__(auto_prefix=False)
-        self.linear = Linear(weight, bias)
-        self.reduce = reduce
-
-    def construct(self, residual: Tensor, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return residual + (y if self.reduce is None else self.reduce(y))
 
 
 class Head(nn.Cell):  # type: ignore[misc]

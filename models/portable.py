@@ -54,7 +54,7 @@ class SharedEmbedding(nn.Cell):  # type: ignore[misc]
         rows = token_ids - self.first_token
         here = ops.logical_and(rows >= 0, rows < self.num_rows)
         x = ops.gather(self.weight, rows * ops.cast(here, ms.int32), 0)
-        return x * ops.cast(here, ms.float32).expand_dims(1)
+        return x * ops.cast(here, self.weight.dtype).expand_dims(1)
 
 
 class RMSNorm(nn.Cell):  # type: ignore[misc]
