@@ -37,11 +37,14 @@ export: $(VENV)/.ready
 bench: $(VENV)/.ready-bench export
 	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
+# Files, not tests: those of a file share the processes that they talk to
+TWO_AT_A_TIME = --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.ready-test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(TWO_AT_A_TIME)
 
 test-full: $(VENV)/.ready-test
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow $(TWO_AT_A_TIME)
 
 soak: $(VENV)/.ready-test
 	$(RUN) tests/soak.py

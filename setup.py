@@ -51,6 +51,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "jsonschema",
             "httpx-sse",  # clients that people reach the server with
