@@ -101,7 +101,7 @@ class Meeting(nn.Cell):  # type: ignore[misc]
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["internlm", "qwen3"])
 def test_two_ranks_have_the_logits_of_the_whole(family: str, tmp_path: Path) -> None:
-    """In a process of its own: MindSpore does not run operators in threads any more once others have run in this one."""
+    """In a process of its own: MindSpore runs no operators in threads once others have run in a process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         process.submit(compare_two_ranks, family, tmp_path).result()
 
