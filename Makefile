@@ -41,10 +41,12 @@ bench: $(VENV)/.ready-bench export
 TWO_AT_A_TIME = --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.ready-test
-	$(RUN) -m pytest -m "not slow" $(TWO_AT_A_TIME)
+	$(RUN) -m pytest -m "not slow and not alone" $(TWO_AT_A_TIME)
+	$(RUN) -m pytest -m "not slow and alone"
 
 test-full: $(VENV)/.ready-test
-	$(RUN) -m pytest -m slow $(TWO_AT_A_TIME)
+	$(RUN) -m pytest -m "slow and not alone" $(TWO_AT_A_TIME)
+	$(RUN) -m pytest -m "slow and alone"
 
 soak: $(VENV)/.ready-test
 	$(RUN) tests/soak.py

@@ -49,6 +49,7 @@ def test_ranks_that_a_host_has_no_devices_for_are_skipped(tmp_path: Path) -> Non
     assert [(one.stage, one.outcome) for one in results] == [("one rank", "skipped"), ("two ranks", "skipped")]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_whole_chain_on_the_cpu(tmp_path: Path) -> None:
     results = list(Acceptance("cpu", tmp_path).run())

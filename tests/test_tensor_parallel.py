@@ -22,7 +22,10 @@ from config.manifest import read_manifest
 from config.serving_config import load
 from kernels import library
 
-pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long"),
+]
 
 RANKS = 2
 
