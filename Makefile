@@ -37,12 +37,11 @@ export: $(VENV)/.ready
 bench: $(VENV)/.ready-bench export
 	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
+test: $(VENV)/.ready-test
+	$(RUN) -m pytest -m "not slow"
+
 # Files, not tests: those of a file share the processes that they talk to
 TWO_AT_A_TIME = --numprocesses 2 --dist loadfile
-
-test: $(VENV)/.ready-test
-	$(RUN) -m pytest -m "not slow and not alone" $(TWO_AT_A_TIME)
-	$(RUN) -m pytest -m "not slow and alone"
 
 test-full: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "slow and not alone" $(TWO_AT_A_TIME)

@@ -83,6 +83,7 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(deployment: Serving) -
     assert deployment.agents.children()  # agents outlive the app
 
 
+@pytest.mark.slow
 def test_a_drain_goes_on_when_an_agent_dies_in_it(deployment: Serving) -> None:
     client = deployment.client()
     expected = client.post("/models/llama2", json=long_body(tokens=100)).json()["generated_text"]
@@ -257,6 +258,7 @@ def test_start_runs_agents_and_app_and_ends_both(tmp_path: Path) -> None:
         deployment.stop()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_start_is_killed(tmp_path: Path) -> None:
     deployment = standin_deployment(tmp_path)
     process = deployment.app = Process("start.py", "--config", deployment.config_path)

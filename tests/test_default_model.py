@@ -59,6 +59,7 @@ def test_greedy_text_equals_the_reference(
     assert compared > total / 2
 
 
+@pytest.mark.slow
 def test_logits_of_every_position_equal_the_reference(model_folder: Path) -> None:
     runner = ModelRunner(model_folder, cache_bytes=64 << 20, cache_dtype="float32", threads=None)
     tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
@@ -93,6 +94,7 @@ def test_preempted_requests_give_the_same_text(crowded: Serving, answers: list[A
     assert metric(crowded, "num_preemptions_total") > 0
 
 
+@pytest.mark.slow
 def test_streamed_text_is_the_full_text_and_the_cache_is_empty_afterwards(deployment: Serving) -> None:
     client = deployment.client()
     for prompt in PROMPTS[::12]:

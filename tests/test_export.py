@@ -86,6 +86,7 @@ def test_weights_are_stored_once_and_no_folder_of_this_machine_is_named(exported
         assert str(ROOT).encode() not in graph.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_export_that_matches_is_reused_and_another_replaced(checkpoint: Path, exported: Path) -> None:
     before = (exported / "manifest.json").stat()
     again = run_export(checkpoint, exported)

@@ -487,6 +487,7 @@ def test_a_step_that_cannot_be_run_ends_its_requests_alone(slow: Serving) -> Non
     run(slow, main)
 
 
+@pytest.mark.slow
 def test_stopping_lets_answers_finish_within_the_time(slow: Serving) -> None:
     async def main(server: LLMServer) -> None:
         short = asyncio.create_task(collect(server, "hi", greedy(10)))
@@ -533,6 +534,7 @@ def test_before_the_agents_are_there_nothing_is_accepted(tmp_path: Path) -> None
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_idle_agents_are_asked_for_a_sign_of_life(roomy: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.step_loop.PROBE_SECONDS", 0.02)
     monkeypatch.setattr("server.step_loop.READY_SECONDS", 2.0)

@@ -28,11 +28,12 @@ OPERATORS: list[Operators] = ["portable", *(["native"] if library.compiler() els
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: there are no C++ operators")
 QUICK = [("llama", "bfloat16"), ("qwen3", "int8")]  # of the packed ones; the others are among the slow tests
 DISTINCT = ("llama", "internlm", "qwen3")  # plain, with biases, with norms: all that differs between operators
+NATIVE = [("native", "internlm2"), ("native", "qwen3")]  # in make test, beside Llama on either; the others in test-full
 CASES = [
     pytest.param((family, operators), id=f"{family}-{operators}", marks=marks)
     for family in FAMILIES
     for operators in OPERATORS
-    for marks in [() if operators == OPERATORS[-1] or family == "llama" else pytest.mark.slow]
+    for marks in [() if family == "llama" or (operators, family) in NATIVE else pytest.mark.slow]
 ]
 
 
@@ -171,6 +172,7 @@ def test_the_cache_dtype_is_chosen_at_start(operators: Operators, tmp_path: Path
         assert largest_difference(decoded, expected[9:]) < 0.1, dtype
 
 
+@pytest.mark.slow
 def test_standard_operators_refuse_a_cache_that_they_cannot_write(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", "portable")

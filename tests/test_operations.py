@@ -126,6 +126,7 @@ def test_metrics_are_prometheus_text_and_count(client: httpx.Client) -> None:
     assert gauge(client, "agents_ready") == 1
 
 
+@pytest.mark.slow
 def test_models_are_counted_together_or_one_by_one(tmp_path: Path) -> None:
     models = [{"step_seconds": 0.02}, {"names": ["second"]}]
     with serving(tmp_path, models) as deployment:
@@ -172,6 +173,7 @@ def test_the_status_shows_the_batch_the_queue_and_the_cache(slow_standin: Servin
     eventually(lambda: counts() == (0, 0, False))
 
 
+@pytest.mark.slow
 def test_the_status_tells_of_agents_that_are_away(tmp_path: Path) -> None:
     deployment = standin_deployment(tmp_path)
     try:
@@ -200,6 +202,7 @@ def test_the_log_has_one_line_for_each_request_and_no_prompt(standin: Serving, c
     assert "private" not in standin.log
 
 
+@pytest.mark.slow
 def test_prompts_are_logged_where_the_operator_asks_for_it(tmp_path: Path) -> None:
     with serving(tmp_path, logging={"prompts": True}) as deployment:
         ask(deployment.client(), "one\nforged line", max_new_tokens=1)  # logged before it is answered
