@@ -7,10 +7,10 @@ same, as MindSpore has no way to leave it in order, so its loss is taken like th
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 
 from agent.child_process import ChildProcess, spawn
+from config.free_ports import free_ports
 
 HOST = "127.0.0.1"  # ranks on several hosts are not a thing that the launcher can start
 JOIN_SECONDS = 600  # for all ranks to be there; each checks its files first, and one that ends is noticed at once
@@ -37,7 +37,8 @@ class Rendezvous(ChildProcess):
             StartError: the system does not give us another process.
         """
         name = f"the rendezvous of {group}"
-        shared = shared_environment(world_size, free_port())
+        [port] = free_ports(1)  # who takes it before MindSpore does so makes this start fail, not the next
+        shared = shared_environment(world_size, port)
         own = {**shared, "MS_ROLE": "MS_SCHED", "GLOG_v": "3"}  # errors: its warnings come every 5 s
         return cls(name, await spawn(name, "agent.collective", log, own), shared, log)
 
@@ -57,11 +58,3 @@ def shared_environment(world_size: int, port: int) -> dict[str, str]:
         "MS_RETRY_INTERVAL_UPPER": "1",
         **dict.fromkeys(PATIENT, str(PATIENCE_SECONDS)),
     }
-
-
-def free_port() -> int:
-    """A port that nothing listens on; whoever takes it before MindSpore does so makes this start fail, not the next."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

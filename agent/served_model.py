@@ -6,7 +6,6 @@ import contextlib
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from config.free_ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "accepted"  # under which it is served
@@ -83,12 +84,3 @@ def _wait(process: subprocess.Popen[str], seconds: float) -> None:
             last = [*last[-4:], line]
         raise NotServed("; ".join(last) or "it ended without a word")
     raise NotServed(f"not ready: {seconds:g} s without a sign of life")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]

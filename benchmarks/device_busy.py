@@ -14,8 +14,9 @@ import httpx
 from benchmarks.prompts import Prompt
 from benchmarks.report import FOLDER
 from benchmarks.servers import Server
-from benchmarks.standin import Snapshot, free_ports, once, standin
+from benchmarks.standin import Snapshot, once, standin
 from benchmarks.traffic import Traffic
+from config.free_ports import free_ports
 
 STEP_SECONDS = 0.025
 SEATS = 256

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from benchmarks.target import Target
+from config.free_ports import free_ports
 from config.serving_config import ServingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,9 +127,7 @@ def ours(config_path: str, config: ServingConfig) -> Server:
 
 def vllm(peers: Path) -> Server:
     """vLLM's OpenAI server from the folder that ``peers.sh`` set up, on the same weights in bfloat16."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     command = [str(ROOT / "benchmarks" / "peers.sh"), "vllm", str(peers), str(port)]
     return Server("vllm", Target("openai", f"http://127.0.0.1:{port}", "smol"), command, "/health")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.report import FOLDER
 from benchmarks.servers import Server
 from benchmarks.target import Target
+from config.free_ports import free_ports
 
 NAME = "standin"  # the served one
 LOOK_SECONDS = 0.2  # between two looks at what the server counts
@@ -80,12 +80,3 @@ def standin(step_seconds: float, limits: dict[str, Any], agent_port: int, seen_p
         start("standin_agent", "start_agent.py", agent_ports=[agent_port])
         secret = str(FOLDER / f"agents-{agent_port}.secret")
         yield start("standin_app", "client/server_app_post.py", agent_ports=[seen_port], secret_file=secret)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with ExitStack() as sockets:
-        opened = [sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in opened:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in opened]

@@ -20,9 +20,10 @@ from benchmarks.prompts import Prompt
 from benchmarks.relay import Relay
 from benchmarks.report import FOLDER
 from benchmarks.servers import Server
-from benchmarks.standin import Snapshot, free_ports, once, standin
+from benchmarks.standin import Snapshot, once, standin
 from benchmarks.target import KINDS, Kind, Target
 from benchmarks.traffic import Traffic
+from config.free_ports import free_ports
 
 STEP_SECONDS = 0.05  # far more than any delay, so that each event is known to belong to the latest step
 PROTOCOLS: tuple[Kind, ...] = ("ours", "openai", "chat")  # Text Generation Inference cannot go on past end tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+
+from config.free_ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0  # far more than needed, also on a busy machine
@@ -146,15 +147,6 @@ def eventually(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS)
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with contextlib.ExitStack() as sockets:
-        opened = [sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in opened:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in opened]
 
 
 def standin_deployment(

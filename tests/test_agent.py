@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from agent_client import AgentClient, attached
-from serving_processes import Serving, free_ports, standin_deployment
+from serving_processes import Serving, standin_deployment
 from step_plans import PlanRow, Sequenced, make_plan
 
 from agent.agent import Agent
@@ -37,6 +37,7 @@ from agent.protocol import (
 )
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
+from config.free_ports import free_ports
 from config.manifest import read_manifest
 from config.serving_config import LimitsConfig
 

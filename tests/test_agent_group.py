@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from serving_processes import Serving, free_ports, standin_deployment
+from serving_processes import Serving, standin_deployment
 from step_plans import Sequenced
 from step_plans import make_plan as step_of
 
 from agent.arithmetic_model import BEGIN
 from agent.protocol import StepPlan, pack_ints
+from config.free_ports import free_ports
 from config.manifest import Manifest, read_manifest
 from config.serving_config import LimitsConfig, ServingConfig, load
 from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, StepFailed

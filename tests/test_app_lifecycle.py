@@ -14,9 +14,10 @@ import httpx
 import psutil
 import pytest
 from legacy_client import ask, event_text, events, lines
-from serving_processes import ROOT, Process, Serving, eventually, free_ports, serving, standin_deployment
+from serving_processes import ROOT, Process, Serving, eventually, serving, standin_deployment
 
 from agent.arithmetic_model import answer
+from config.free_ports import free_ports
 from config.serving_config import load
 from config.version import __version__
 

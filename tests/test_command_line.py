@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 from scripted_server import STALL, plain, scripted, stream
-from serving_processes import ROOT, Serving, free_ports
+from serving_processes import ROOT, Serving
 
 from agent.arithmetic_model import answer
 from client.command_line import DEFAULT_URL, main
+from config.free_ports import free_ports
 
 PLAIN = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

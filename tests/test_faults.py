@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from faulty_deployment import SLOW, Faulty
-from serving_processes import eventually, free_ports, serving
+from serving_processes import eventually, serving
 
 from agent.arithmetic_model import write_model
+from config.free_ports import free_ports
 
 STREAMS = 8
 

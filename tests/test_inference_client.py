@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_server import STALL, plain, scripted, self_signed, stream
-from serving_processes import Serving, eventually, free_ports
+from serving_processes import Serving, eventually
 
 from agent.arithmetic_model import answer
 from client import AsyncMindsporeInferenceClient, MindsporeInferenceClient
@@ -35,6 +35,7 @@ from client.client_errors import (
 from client.http_session import Server, Session
 from client.patience import Retries, Timeouts
 from client.server_status import read_status
+from config.free_ports import free_ports
 
 AT_ONCE = Retries(longest_wait=0.1, first_wait=0.0)
 

@@ -20,11 +20,12 @@ import msgspec
 import psutil
 import pytest
 from agent_client import AgentClient, attached
-from serving_processes import ROOT, Process, free_ports, standin_deployment
+from serving_processes import ROOT, Process, standin_deployment
 from step_plans import Sequenced, make_plan
 
 from agent.arithmetic_model import BEGIN, write_model
 from config.agents_state import read_state
+from config.free_ports import free_ports
 from config.manifest import read_manifest, write_manifest
 from config.secret_file import create_secret, read_secret
 from config.version import __version__

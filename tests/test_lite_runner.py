@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite_pairs import BLOCK_SIZE, DECODE, FAKES, replace_manifest, write_pair
 from paged_rows import Row, step
-from serving_processes import free_ports, serving, standin_deployment
+from serving_processes import serving, standin_deployment
 
 from agent.arithmetic_model import BEGIN, END, ArithmeticModel, answer
 from agent.lite_runner import LiteRunner
 from agent.preflight import LaunchError, check
 from agent.runner import RunnerBroken
+from config.free_ports import free_ports
 from config.manifest import ManifestError
 from config.serving_config import LimitsConfig, ModelConfig, load
 

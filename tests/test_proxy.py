@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving_processes import ROOT, START_SECONDS, Serving, eventually, free_ports
+from serving_processes import ROOT, START_SECONDS, Serving, eventually
+
+from config.free_ports import free_ports
 
 pytestmark = pytest.mark.slow
 

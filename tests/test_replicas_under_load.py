@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from legacy_client import ask
-from serving_processes import Serving, eventually, free_ports, standin_deployment
+from serving_processes import Serving, eventually, standin_deployment
 
 from agent.arithmetic_model import answer
+from config.free_ports import free_ports
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,11 @@ import pytest
 from agent_client import attached
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from golden_text import Answer, agreement, ask, ask_together, metric
-from serving_processes import STOP_SECONDS, Serving, eventually, free_ports, serving
+from serving_processes import STOP_SECONDS, Serving, eventually, serving
 from step_plans import Sequenced, make_plan
 
 from agent.protocol import StepError
+from config.free_ports import free_ports
 from config.manifest import read_manifest
 from config.serving_config import load
 from kernels import library
