@@ -119,9 +119,7 @@ class AscendRunner:
             logits = graph(*inputs, *self._caches).asnumpy()
         wanted = batch.logits_indices.size
         own = Logits.of(np.ascontiguousarray(logits[:wanted]))
-        if self._peers is None or not wanted:
-            return own
-        return self._peers.candidates(own) if best_only else self._peers.logits(own)
+        return self._peers.complete(own, best_only=best_only) if self._peers else own
 
     def _inputs_of(self, batch: StepBatch) -> Iterator[Ints]:
         """A step's arrays in the order in which the graphs take them."""
@@ -211,11 +209,11 @@ def open_ascend_runner(
     if manifest.world_size > 1:
         collective.join(manifest.target)
     graphs = load_graphs(own, manifest)
-    peers = open_peers(own, manifest, place.rank) if manifest.world_size > 1 else None
 
     def choose_blocks() -> int:
         return cache_blocks(manifest, auto_bytes(place.device) if cache_bytes is None else cache_bytes, cache_dtype)
 
+    peers = open_peers(own, manifest, place.rank)
     return AscendRunner(folder, manifest, graphs, device_cache, choose_blocks, limits, peers)
 
 

@@ -66,8 +66,10 @@ def share_weights(first: nn.GraphCell, second: nn.GraphCell) -> None:
             raise ManifestError(f"prefill and decode do not share the memory of {name}")
 
 
-def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers:
-    """The other ranks, over the graph that gathers."""
+def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers | None:
+    """The other ranks, over the graph that gathers; None where there are none."""
+    if manifest.world_size == 1:
+        return None
     graph = nn.GraphCell(ms.load(str(folder / "gather.mindir")))
     graph.set_inputs(Tensor(shape=[None, None], dtype=ms.float32))
     compiled = CompiledGraph(graph)

@@ -71,7 +71,7 @@ class ModelRunner:
         self._library = open_library(threads) if self.manifest.cache_write == "graph" else None
         prefill, decode = load_graphs(own, self.manifest, self._library, cache_dtype)
         share_weights(prefill, decode)
-        self._peers = open_peers(own, self.manifest, rank) if self.manifest.world_size > 1 else None
+        self._peers = open_peers(own, self.manifest, rank)
         self._prefill, self._decode = CompiledGraph(prefill), CompiledGraph(decode)
         m = self.manifest
         shape = (m.num_layers * self.num_blocks, m.block_size, m.cache_heads, m.cache_width(cache_dtype))
@@ -108,9 +108,7 @@ class ModelRunner:
             RunnerBroken: an operator failed; MindSpore runs a graph no more after that.
         """
         own = self._run(batch)
-        if self._peers is None or not len(own):
-            return own
-        return self._peers.candidates(own) if best_only else self._peers.logits(own)
+        return self._peers.complete(own, best_only=best_only) if self._peers else own
 
     def _run(self, batch: StepBatch) -> Logits:
         """The logits of this rank's tokens."""

@@ -9,6 +9,7 @@ import numpy as np
 from agent.logits import Candidates, Logits
 from agent.protocol import Floats
 from agent.runner import RunnerBroken
+from config.manifest import rank_tokens
 
 Gather = Callable[[Floats], Floats]  # every rank's [L, W] one below the other, [ranks * L, W]
 
@@ -21,7 +22,7 @@ class Peers:
         self._rank = rank
         self._world_size = world_size
         self._vocab_size = vocab_size
-        self._tokens = -(-vocab_size // world_size)  # of each rank; the last one may have fewer
+        self._tokens = rank_tokens(vocab_size, world_size)
 
     def agree(self, digest: bytes) -> None:
         """See that all ranks are about to run the same step, which ``digest`` stands for.
@@ -34,6 +35,12 @@ class Peers:
         if others.size:
             names = ", ".join(f"rank {rank}" for rank in others)
             raise RunnerBroken(f"rank {self._rank} and {names} were sent different steps")
+
+    def complete(self, own: Logits, *, best_only: bool) -> Logits:
+        """What all ranks say of the rows where one of them has ``own``: ``Candidates`` if these are enough."""
+        if not len(own):
+            return own
+        return self.candidates(own) if best_only else self.logits(own)
 
     def logits(self, own: Logits) -> Logits:
         """The logits of all tokens from each rank's own."""

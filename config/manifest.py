@@ -97,11 +97,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     outputs: tuple[GraphTensor, ...] = ()
     files: dict[str, str] = {}  # path in the folder → SHA-256, of every file beside this one
 
-    @property
-    def rank_tokens(self) -> int:
-        """Tokens of each rank's embedding and head; the last rank may have fewer."""
-        return -(-self.vocab_size // self.world_size)
-
     def cache_width(self, dtype: str) -> int:
         """The last axis of a cache of this dtype: a head's numbers and, in int8, their scale."""
         return self.head_dim + (SCALE_BYTES if dtype == "int8" else 0)
@@ -143,6 +138,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def digest(self) -> str:
         """SHA-256 of all that it says, which every rank and the server must know alike: ``Hello.manifest_digest``."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def rank_tokens(vocab_size: int, world_size: int) -> int:
+    """Tokens of each rank's embedding and head; the last rank may have fewer."""
+    return -(-vocab_size // world_size)
 
 
 def rank_folder(rank: int, world_size: int) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from config.manifest import rank_tokens
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.weight_map import Blocks, Floats, Rows, WeightSource
@@ -96,11 +97,12 @@ class Shard:
         self._rank = rank
         heads = Heads.of(config, world_size)
         self._queries, self._kv_heads = (span.times(config.head_dim) for span in heads.spans(config, rank))
-        self._units = _cut(config.intermediate_size, rank, world_size, BLOCK)
-        tokens = _cut(config.vocab_size, rank, world_size, 1)
-        self._tokens = replace(tokens, size=tokens.stop - tokens.start)  # nobody could tell zeros from real logits
-        if config.vocab_size <= (world_size - 1) * -(-config.vocab_size // world_size):
+        self._units = _units(config.intermediate_size, rank, world_size)
+        tokens = rank_tokens(config.vocab_size, world_size)
+        if config.vocab_size <= (world_size - 1) * tokens:
             raise CheckpointError(f"{self.source}: {config.vocab_size} tokens are too few for {world_size} ranks")
+        first, end = rank * tokens, min((rank + 1) * tokens, config.vocab_size)
+        self._tokens = Span(first, end, end - first)  # not filled up: nobody could tell zeros from real logits
         self.first_token = self._tokens.start
         self.config = replace(
             config,
@@ -148,7 +150,7 @@ def cost(config: NetworkConfig, world_size: int) -> list[str]:
     """What ranks compute and hold in vain, as sentences; nothing if all divides."""
     heads = Heads.of(config, world_size)
     all_groups, all_queries = world_size * heads.groups, world_size * heads.groups * heads.queries
-    units = world_size * _cut(config.intermediate_size, 0, world_size, BLOCK).size
+    units = world_size * _units(config.intermediate_size, 0, world_size).size
     lines = []
     if all_groups > config.num_kv_heads:
         lines.append(f"{all_groups} key/value heads in the caches of {world_size} ranks for {config.num_kv_heads}")
@@ -168,9 +170,9 @@ def shards(whole: WeightSource, world_size: int) -> list[Shard]:
     return [Shard(whole, rank, world_size) for rank in range(world_size)]
 
 
-def _cut(count: int, rank: int, world_size: int, multiple: int) -> Span:
-    """One rank's share of ``count`` neighbours: the same size on every rank, a multiple of ``multiple``."""
-    size = -(-count // (world_size * multiple)) * multiple
+def _units(count: int, rank: int, world_size: int) -> Span:
+    """One rank's share of ``count`` MLP units: the same size on every rank, in whole blocks."""
+    size = -(-count // (world_size * BLOCK)) * BLOCK
     return Span(min(rank * size, count), min((rank + 1) * size, count), size)
 
 
