@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from agent.runner import Runner
 from agent.step_batch import StepBatch
+from config.manifest import ManifestError
 
 # Of the start-up proof, relative to the largest logit: sums in another order may round what is cached differently
 LOGIT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2, "int8": 5e-2}
+
+logger = logging.getLogger(__name__)
+
+
+def prove_sharing(
+    runner: Runner, tolerance: float, *, otherwise: str, advice: str, phase: str = "decode", apart: int = 1
+) -> None:
+    """See that the graphs of prefill and ``phase`` work on one cache and one set of weights, and log that they do.
+
+    Raises:
+        ManifestError: their error is beyond ``tolerance``; ``otherwise`` is what that means, ``advice`` what to do.
+    """
+    error = sharing_error(runner, apart=apart)
+    if not error <= tolerance:
+        differ = f"logits differ by {error:.1g} of the largest"
+        raise ManifestError(f"{runner.manifest.name}: {otherwise} ({differ}); {advice}")
+    logger.info("prefill and %s share cache and weights: logits agree to %.1g of the largest", phase, error)
 
 
 def sharing_error(runner: Runner, *, apart: int = 1) -> float:

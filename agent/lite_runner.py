@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.cache_probe import one_row, sharing_error
+from agent.cache_probe import one_row, prove_sharing
 from agent.lite_gears import Gear, GearError, Gears, GraphInput, needed_gears
 from agent.lite_ini import own_ini, pair_gears, write_ini
 from agent.logits import Logits
@@ -71,7 +71,12 @@ class LiteRunner:
         self._lite = import_lite()
         self._graphs: dict[Phase, LiteGraph] = {}
         self._build(own, pair, config, rank, device)
-        self._prove_sharing()
+        prove_sharing(
+            self,
+            SHARING_TOLERANCE,
+            otherwise="prefill and decode do not share their cache and weights",
+            advice="this version of MindSpore Lite cannot serve the pair",
+        )
 
     def agree(self, digest: bytes) -> None:
         """Nothing: Lite has no collective to ask the other ranks with. That all are sent the same is for the server."""
@@ -134,20 +139,6 @@ class LiteRunner:
         for gear in gears.gears:
             if gear.length >= num_tokens:
                 self._predict(call, gear)
-
-    def _prove_sharing(self) -> None:
-        """See that the graphs work on one cache.
-
-        Raises:
-            ManifestError: a token decoded after a prefill has other logits than in one prefill.
-        """
-        error = sharing_error(self)
-        if not error <= SHARING_TOLERANCE:
-            raise ManifestError(
-                f"{self.manifest.name}: prefill and decode do not share their cache and weights (logits differ by "
-                f"{error:.1g} of the largest); this version of MindSpore Lite cannot serve the pair"
-            )
-        logger.info("prefill and decode share cache and weights: logits agree to %.1g of the largest", error)
 
 
 class LiteGraph:

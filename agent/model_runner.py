@@ -7,7 +7,6 @@ from a memory budget, and nothing is copied between the phases. Where the graphs
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from mindspore.common.np_dtype import bfloat16
 from numpy.typing import NDArray
 
 from agent import collective
-from agent.cache_probe import LOGIT_TOLERANCE, sharing_error
+from agent.cache_probe import LOGIT_TOLERANCE, prove_sharing
 from agent.compiled_graph import CompiledGraph, as_tensor, open_peers, placeholders, share_weights
 from agent.logits import Logits
 from agent.placement import physical_cores
@@ -34,8 +33,6 @@ from models import mindir
 MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
 ROUNDED_TOLERANCE = 5e-2  # of the start-up proof where activations are rounded, as they are for packed weights
-
-logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -82,7 +79,13 @@ class ModelRunner:
             raise ManifestError(f"cache_memory: this machine does not give {cache_bytes} bytes; choose less") from None
         # Tensors on the arrays' own memory: what a graph or the host writes, both see
         self._caches = [Tensor.from_numpy(self._key_cache), Tensor.from_numpy(self._value_cache)]
-        self._prove_sharing()
+        rounded = 0.0 if m.weights == "float32" else ROUNDED_TOLERANCE
+        prove_sharing(
+            self,
+            max(LOGIT_TOLERANCE[cache_dtype], rounded),
+            otherwise="prefill and decode do not share their cache and weights",
+            advice="export the model again",
+        )
 
     def copy_blocks(self, copies: Ints) -> None:
         """Copy the keys and values of blocks in all layers, from and to ``[C, 2]``."""
@@ -148,21 +151,6 @@ class ModelRunner:
         for cache, new in zip((self._key_cache, self._value_cache), fresh, strict=True):
             by_slot = cache.reshape(m.num_layers, self.num_blocks * m.block_size, m.cache_heads, m.head_dim)
             by_slot[:, slots[keep]] = new[:, keep]
-
-    def _prove_sharing(self) -> None:
-        """See that the graphs work on one cache: tokens decoded after a prefill see what that wrote.
-
-        Raises:
-            ManifestError: their logits differ from those of the same tokens in one prefill.
-        """
-        error = sharing_error(self)
-        rounded = 0.0 if self.manifest.weights == "float32" else ROUNDED_TOLERANCE
-        if not error <= max(LOGIT_TOLERANCE[self.cache_dtype], rounded):
-            raise ManifestError(
-                f"{self.manifest.name}: prefill and decode do not share their cache and weights "
-                f"(logits differ by {error:.1g} of the largest); export the model again"
-            )
-        logger.info("prefill and decode share cache and weights: logits agree to %.1g of the largest", error)
 
 
 def cache_blocks(manifest: Manifest, cache_bytes: int, cache_dtype: str) -> int:

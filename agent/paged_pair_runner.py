@@ -7,7 +7,6 @@ everywhere: rows that only fill a graph's fixed number read and write there.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import cast
@@ -17,7 +16,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from agent.ascend_runner import take_device
-from agent.cache_probe import LOGIT_TOLERANCE, sharing_error
+from agent.cache_probe import LOGIT_TOLERANCE, prove_sharing
 from agent.compiled_graph import CompiledGraph, placeholder, share_weights
 from agent.logits import Logits
 from agent.paged_inputs import CallLimits, PagedCall, Phase, Role, paged_calls
@@ -26,8 +25,6 @@ from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import PlanError, StepBatch
 from config.manifest import GraphTensor, ManifestError, PagedGraph, read_manifest, verify_files
-
-logger = logging.getLogger(__name__)
 
 
 class PagedPairRunner:
@@ -76,7 +73,12 @@ class PagedPairRunner:
             tokens=decode.rows or sys.maxsize,
             padding_slot=pair.padding_slot,
         )
-        self._prove_sharing()
+        prove_sharing(
+            self,
+            LOGIT_TOLERANCE[cache_dtype],
+            otherwise="its prefill and decode graph do not share their cache, or want another padding slot",
+            advice="python -m models.adopt has --padding-slot",
+        )
 
     def copy_blocks(self, copies: Ints) -> None:
         """Refused: without prompts on cached tokens no request takes over another's blocks.
@@ -110,20 +112,6 @@ class PagedPairRunner:
             return padded.last_logits(graph(padded), self.manifest.vocab_size)
         except RuntimeError as error:
             raise RunnerBroken(str(error).strip().splitlines()[0]) from error
-
-    def _prove_sharing(self) -> None:
-        """See that the graphs work on one cache: tokens decoded after a prefill see what that wrote.
-
-        Raises:
-            ManifestError: their logits differ from those of the same tokens in one prefill.
-        """
-        error = sharing_error(self)
-        if not error <= LOGIT_TOLERANCE[self.cache_dtype]:
-            raise ManifestError(
-                f"{self.manifest.name}: its prefill and decode graph do not share their cache, or want another padding "
-                f"slot (logits differ by {error:.1g} of the largest); python -m models.adopt has --padding-slot"
-            )
-        logger.info("prefill and decode share cache and weights: logits agree to %.1g of the largest", error)
 
 
 class PairGraph:
