@@ -207,6 +207,12 @@ def verify_rank(folder: str | Path, manifest: Manifest, rank: int) -> Path:
     return Path(folder) / own
 
 
+def folder_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path there: ``Manifest.files``."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

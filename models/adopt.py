@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ from config.manifest import (
     PagedGraph,
     PagedPair,
     TokenizerRules,
-    file_digest,
+    folder_digests,
     write_manifest,
 )
 from models import mindir
 from models.checkpoint_error import CheckpointError
 from models.config_fields import ConfigFields
 from models.contract import Contract, Device, explain, mismatches, obstacles, read_contract
-from models.export import check_replaceable, exclusive, interruptible, partial_prefix, replace_folder
+from models.export import check_replaceable, exclusive, rewriting
 from models.generations import SERVED, TABLES, TOKENS, Roles
 from models.graph_file import GraphFile
 from models.huggingface_config import CONFIG_FILE, ConfigFile
@@ -64,23 +63,15 @@ def adopt(prefill: Path, decode: Path, tokenizer: Path, folder: Path, options: A
     text = huggingface_text(tokenizer, config, contract.vocab_size)
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        exclusive(folder),
-        interruptible(),
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch,
-    ):
-        fresh = Path(scratch) / "model"
+    with exclusive(folder), rewriting(folder) as fresh:
         for phase, graph, _ in contract.graphs:
             link_graph(graph, fresh / phase)
         text.write(fresh)
-        files = {
-            path.relative_to(fresh).as_posix(): file_digest(path) for path in sorted(fresh.rglob("*")) if path.is_file()
-        }
+        files = folder_digests(fresh)
         manifest = describe(
             contract, options, config.fields, name=folder.name, target=target, files=files, rules=text.rules
         )
         write_manifest(fresh, manifest)
-        replace_folder(fresh, folder, Path(scratch) / "replaced")
     return manifest
 
 

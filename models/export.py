@@ -29,7 +29,7 @@ from config.manifest import (
     MANIFEST_FILE,
     Manifest,
     ManifestError,
-    file_digest,
+    folder_digests,
     read_manifest,
     verify_files,
     write_manifest,
@@ -85,12 +85,9 @@ def export(path: Path, folder: Path, options: ExportOptions) -> Manifest:
         checkpoint = open_checkpoint(path)
         from models import graphs  # here: MindSpore takes seconds to import, and a reused export does not need it
 
-        with interruptible(), tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
-            fresh = Path(scratch) / "model"
-            fresh.mkdir()
+        with rewriting(folder) as fresh:
             manifest = write_model(graphs, checkpoint, fresh, options, *digests)
             write_manifest(fresh, manifest)
-            replace_folder(fresh, folder, Path(scratch) / "replaced")
         return manifest
 
 
@@ -133,9 +130,7 @@ def write_model(
         tokenizer=checkpoint.text.rules,
         inputs=contract.inputs,
         outputs=contract.outputs,
-        files={
-            str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        },
+        files=folder_digests(folder),
     )
 
 
@@ -178,6 +173,16 @@ def exclusive(folder: Path) -> Iterator[None]:
         for left in folder.parent.glob(f"{partial_prefix(folder)}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+@contextlib.contextmanager
+def rewriting(folder: Path) -> Iterator[Path]:
+    """An empty folder that is put in the place of ``folder`` in the end; nothing is changed if an error comes first."""
+    with interruptible(), tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial_prefix(folder)) as scratch:
+        fresh = Path(scratch) / "model"
+        fresh.mkdir()
+        yield fresh
+        replace_folder(fresh, folder, Path(scratch) / "replaced")
 
 
 def partial_prefix(folder: Path) -> str:

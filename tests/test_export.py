@@ -225,6 +225,7 @@ def test_operators_of_a_foreign_library_are_not_loaded(exported: Path, tmp_path:
 
 def test_post_sampling_graphs(exported: Path) -> None:
     logits = np.random.default_rng(0).standard_normal((4, VOCAB_SIZE), dtype=np.float32)
+    ms.set_device("CPU")  # as everybody does who runs something: whoever came after a default could not any more
     best = nn.GraphCell(ms.load(str(exported / "argmax.mindir")))
     assert best(Tensor(logits)).asnumpy().tolist() == logits.argmax(1).tolist()
 
