@@ -18,7 +18,8 @@ from mindspore import Tensor, nn, ops
 from serving_processes import ROOT
 
 from agent import rendezvous
-from agent.rendezvous import Rendezvous, free_port, shared_environment
+from agent.rendezvous import Rendezvous, shared_environment
+from config.free_ports import free_ports
 
 pytestmark = pytest.mark.slow  # test_tensor_parallel.py has ranks that meet, among the others
 
@@ -115,7 +116,7 @@ def test_a_rank_that_waits_for_the_others_too_long_says_so(
 @pytest.mark.parametrize("member", ["rendezvous", "rank"])
 def test_who_waits_for_ranks_ends_when_the_launcher_is_gone(graph: Path, tmp_path: Path, member: str) -> None:
     """Inside MindSpore, where no other thread runs; what it sees of a launcher is the pipe that closes."""
-    port = free_port()
+    (port,) = free_ports(1)
     role = {"MS_ROLE": "MS_SCHED"} if member == "rendezvous" else {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "0"}
     command = ["-m", "agent.collective"] if member == "rendezvous" else ["tests/collective_rank.py", str(graph)]
     log = tmp_path / "log"
