@@ -10,6 +10,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "vector_math.h"
@@ -30,6 +32,7 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * sizeof(int32_t))));  // two for each lane
 typedef float Four __attribute__((vector_size(4 * sizeof(float))));
 
 template <typename Vector>
@@ -77,6 +80,27 @@ inline Lanes load(const int8_t *from) {
 inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof(v)); }
 inline Lanes all(float x) { return x - Lanes{}; }  // x + 0 would be an addition, as -0 + 0 is 0
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+inline Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
+
+// To the nearest, ties to even, for |v| < 2^22.
+inline Ints nearest(Lanes v) {
+  constexpr float kNoFraction = 12582912.f;  // 1.5 * 2^23: numbers of its size are whole
+  return __builtin_convertvector((v + kNoFraction) - kNoFraction, Ints);
+}
+
+// The lower bytes of each number.
+inline void store_bytes(int8_t *to, Ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128(reinterpret_cast<__m256i>(v));
+  const __m128i shorts = _mm_packs_epi32(low, _mm256_extracti128_si256(reinterpret_cast<__m256i>(v), 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i *>(to), _mm_packs_epi16(shorts, shorts));
+#else
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(to, &bytes, sizeof(bytes));
+#endif
+}
 
 // The sum of the vector's quarters (or of what a narrower one has).
 inline Four fold(Lanes v) {
@@ -146,6 +170,43 @@ inline Lanes exp2_of_negative(Lanes x) {
 }
 
 inline float exp2_of_negative(float x) { return exp2_of_negative(all(x))[0]; }
+
+// Four bytes, in every lane.
+inline Words all_words(const int8_t *bytes) {
+  uint32_t word;
+  std::memcpy(&word, bytes, sizeof(word));
+  return word - Words{};
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// Bytes of `a`, without sign, times those of `b`: the sum of each two neighbours, which must fit 16 bits.
+inline Shorts products_of_pairs(Words a, Words b) {
+  return reinterpret_cast<Shorts>(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+inline Ints sums_of_pairs(Shorts v) {
+  return reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(v), _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__)
+inline Shorts products_of_pairs(Words a, Words b) {
+  return reinterpret_cast<Shorts>(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+inline Ints sums_of_pairs(Shorts v) {
+  return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(v), _mm256_set1_epi16(1)));
+}
+#endif
+
+// total + the four products of bytes of `a` and `b` in every lane.
+#if defined(__AVX512VNNI__)
+inline Ints add_products_of_fours(Ints total, Words a, Words b) {
+  return reinterpret_cast<Ints>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+inline Ints add_products_of_fours(Ints total, Words a, Words b) {
+  return reinterpret_cast<Ints>(
+      vdotq_s32(reinterpret_cast<int32x4_t>(total), reinterpret_cast<int8x16_t>(a), reinterpret_cast<int8x16_t>(b)));
+}
+#endif
 
 }  // namespace lanes
 }  // namespace native

@@ -52,7 +52,7 @@ Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &w
         for (int64_t k = 0; k < columns; ++k) rounded[t * columns + k] = to_bfloat(token[k]);
 #if NATIVE_BYTE_DOTS
       for (int64_t b = 0; codes && b < blocks; ++b)
-        quantise_block(token + b * kBlockColumns, offset_of(weight.format), codes + t * columns + b * kBlockColumns,
+        quantise_block(token + b * kBlockColumns, zero_of(weight.format), codes + t * columns + b * kBlockColumns,
                        rests ? rests + t * columns + b * kBlockColumns : nullptr, of_token[t * blocks + b]);
 #endif
     }
@@ -75,8 +75,9 @@ void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &we
   thread_local std::vector<uint8_t> padded;
   const uint8_t *panels[kTaskRows / kPanelRows];  // only the weight's last one may be padded
   for (int64_t n = 0; n < rows; n += kPanelRows) panels[n / kPanelRows] = weight.panel(first_row + n, padded);
-  for (int64_t t = 0; t < count; t += kTokensAtOnce) {  // the tokens stay in the L1 cache while panels pass
-    const int here = static_cast<int>(std::min<int64_t>(kTokensAtOnce, count - t));
+  constexpr int kAtOnce = tokens_at_once(F);
+  for (int64_t t = 0; t < count; t += kAtOnce) {  // the tokens stay in the L1 cache while panels pass
+    const int here = static_cast<int>(std::min<int64_t>(kAtOnce, count - t));
     for (int64_t n = 0; n < rows; n += kPanelRows)
       panel_dots_of<F>(here, panels[n / kPanelRows], x, first + t, out + t * kTaskRows + n, kTaskRows);
   }
