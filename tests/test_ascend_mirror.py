@@ -15,6 +15,7 @@ from mirrored_network import BLOCK_SIZE, Array, MirroredModel, portable_logits
 from paged_rows import Row, step
 from tiny_checkpoints import VOCAB_SIZE, write_tiny
 
+from agent.step_batch import StepBatch
 from models import ascend_mirror
 from models.checkpoint import open_checkpoint
 from models.collectives import Share
@@ -83,19 +84,31 @@ def test_what_the_operators_documentation_rules_out_is_refused() -> None:
 
 
 class Meeting(nn.Cell):  # type: ignore[misc]
-    """Stands for AllReduce among ranks that are threads: each brings a tensor and goes on with the sum."""
+    """Stands for AllReduce among ranks that are threads: each brings a tensor and goes on with the sum.
+
+    Only one of them runs MindSpore's operators at a time, as they do not stand being launched by two threads: it has
+    the ``turn``, and gives it away while it waits.
+    """
 
     def __init__(self, ranks: int) -> None:
         super().__init__(auto_prefix=False)
+        self.turn = threading.Lock()
         self.barrier = threading.Barrier(ranks, timeout=60)
         self.brought: dict[int, Array] = {}
 
     def construct(self, x: Tensor) -> Tensor:
         self.brought[threading.get_ident()] = x.asnumpy()
-        self.barrier.wait()
+        self.wait()
         total = np.sum(list(self.brought.values()), axis=0)
-        self.barrier.wait()
+        self.wait()
         return Tensor(total)
+
+    def wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 @pytest.mark.slow
@@ -117,7 +130,12 @@ def compare_two_ranks(family: str, folder: Path) -> None:
         (phase, step([row], [length], BLOCK_SIZE, every_position=True))
         for phase, length in (("prefill", 19), ("chunk", 7), ("decode", 1))
     ]
+
+    def run(rank: MirroredModel, phase: str, batch: StepBatch) -> Array:
+        with reduce.turn:
+            return rank.run(phase, batch)
+
     with ThreadPoolExecutor(2) as threads:
         for phase, batch in batches:
-            parts = threads.map(lambda rank, phase=phase, batch=batch: rank.run(phase, batch), ranks)
+            parts = threads.map(run, ranks, [phase] * 2, [batch] * 2)
             assert_close(np.concatenate(list(parts), axis=1), [expected[batch.positions]])

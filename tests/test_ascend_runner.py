@@ -142,7 +142,7 @@ def test_every_size_of_every_graph_is_run_before_the_cache_is_made(checkpoint: C
 def test_the_log_has_the_proof_that_an_acceptance_looks_for(
     checkpoint: Checkpoint, graphs: Graphs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="agent.ascend_runner"):
+    with caplog.at_level(logging.INFO, logger="agent"):
         open_runner(manifest_of(checkpoint), graphs)
     assert len([record for record in caplog.messages if PROOF in record]) == 1
 
