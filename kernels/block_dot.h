@@ -102,7 +102,7 @@ inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token
   Lanes sums[kSlices][M] = {};
   for (int64_t b = 0; b < blocks; ++b, panel += layout.bytes * kPanelRows) {
     fetch_ahead(panel, layout.bytes);
-    const auto *halves = reinterpret_cast<const _Float16 *>(panel + 4 * kPanelRows * layout.words);
+    const auto *halves = reinterpret_cast<const Half *>(panel + 4 * kPanelRows * layout.words);
     for (int s = 0; s < kSlices; ++s) {
       const Codes<F> codes = read_codes<F>(panel + 4 * kLanes * s);
       const Lanes scale = load(halves + s * kLanes);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
 #include "lanes.h"
 #include "vector_math.h"
 
@@ -26,14 +27,14 @@ struct Float32 {
 
 struct Float16 {
   static constexpr const char *kName = "float16";
-  using Number = _Float16;
+  using Number = Half;
   static constexpr bool kScaled = false;
   static int64_t head(int64_t dim) { return dim; }
   static lanes::Lanes load(const Number *from) { return lanes::load(from); }
-  static float one(Number x) { return static_cast<float>(x); }
+  static float one(Number x) { return from_half(x); }
   static float scale(const Number *, int64_t) { return 1.f; }
   static void write(const float *x, int64_t dim, Number *to) {
-    for (int64_t i = 0; i < dim; ++i) to[i] = static_cast<Number>(x[i]);
+    for (int64_t i = 0; i < dim; ++i) to[i] = to_half(x[i]);
   }
 };
 

@@ -10,10 +10,11 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
+#include "half.h"
 #include "vector_math.h"
 
 namespace native {
@@ -45,14 +46,17 @@ inline Vector read(const void *from) {
 inline Lanes load(const float *from) { return read<Lanes>(from); }
 
 // Widening conversions are spelt out where GCC does not find the one instruction.
-inline Lanes load(const _Float16 *from) {
+inline Lanes load(const Half *from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(_mm512_cvtph_ps(read<__m256i>(from)));
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__F16C__)
   return reinterpret_cast<Lanes>(_mm256_cvtph_ps(read<__m128i>(from)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Lanes>(vcvt_f32_f16(read<float16x4_t>(from)));
 #else
-  typedef _Float16 Numbers __attribute__((vector_size(kLanes * sizeof(_Float16))));
-  return __builtin_convertvector(read<Numbers>(from), Lanes);
+  Lanes v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = from_half(from[i]);
+  return v;
 #endif
 }
 
@@ -120,10 +124,12 @@ inline Lanes quarters(Lanes a, Lanes b, Lanes c, Lanes d) {
   return reinterpret_cast<Lanes>(_mm512_unpacklo_pd(p, q)) + reinterpret_cast<Lanes>(_mm512_unpackhi_pd(p, q));
 #elif defined(__AVX2__)
   return reinterpret_cast<Lanes>(_mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Lanes>(vpaddq_f32(vpaddq_f32(reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)),
+                                            vpaddq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(d))));
 #else
-  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  const auto sum = [](Lanes v) { return (v[0] + v[1]) + (v[2] + v[3]); };
+  return Lanes{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 

@@ -90,7 +90,7 @@ def build() -> Path:
             check=False,
         )
         if done.returncode:
-            raise BuildError(f"{command} failed; GCC 12 or clang is known to do\n{done.stderr.strip()}")
+            raise BuildError(f"{command} failed; GCC 11, GCC 12 and clang 14 are known to do\n{done.stderr.strip()}")
         output.replace(target)
     return target
 

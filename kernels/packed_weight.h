@@ -14,6 +14,7 @@
 // GGUF file's block, as are its scales and minima. So 16 rows fill a register and each word meets one word of a token.
 #pragma once
 
+#include "half.h"
 #include "operator.h"
 #include "vector_math.h"
 
@@ -97,9 +98,9 @@ template <Format F>
 inline void unpack_row(const uint8_t *block, int64_t rows, int64_t row, float *out, int64_t stride) {
   constexpr BlockLayout layout = layout_of(F);
   const auto half = [&](int64_t i) {
-    uint16_t bits;
-    std::memcpy(&bits, block + layout.words * 4 * rows + 2 * (i * rows + row), sizeof(bits));
-    return from_half(bits);
+    Half value;
+    std::memcpy(&value, block + layout.words * 4 * rows + 2 * (i * rows + row), sizeof(value));
+    return from_half(value);
   };
   const float scale = layout.halves > 0 ? half(0) : 1.f, minimum = layout.halves > 1 ? half(1) : 0.f;
   for (int64_t w = 0; w < layout.words; ++w) {

@@ -39,12 +39,6 @@ inline void rms_norm(const float *x, const float *weight, int64_t size, float ep
   for (int64_t i = 0; i < size; ++i) y[i] = x[i] * scale * weight[i];
 }
 
-inline float from_half(uint16_t bits) {
-  _Float16 value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return static_cast<float>(value);
-}
-
 inline float from_bfloat(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
