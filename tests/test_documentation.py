@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,15 @@ def test_a_python_command_has_its_options(words: tuple[str, ...]) -> None:
     program = words[1:3] if words[1] == "-m" else words[1:2]
     if program == ("-m", "client"):  # each of its commands has options of its own
         program = words[1:4]
-    asked = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    help_text = help_of(program)
     for option in (word for word in words[1 + len(program) :] if word.startswith("--")):
-        assert re.search(rf"{option}\b", asked.stdout), f"{' '.join(program)} has no {option}"
+        assert re.search(rf"{option}\b", help_text), f"{' '.join(program)} has no {option}"
+
+
+@cache
+def help_of(program: tuple[str, ...]) -> str:
+    command = [sys.executable, *program, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def as_request(words: Sequence[str]) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def assert_similar(runner: ModelRunner, model: torch.nn.Module) -> None:
     assert largest_difference(np.concatenate(parts), expected) < PACKED_TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("operators", [pytest.param("portable", marks=pytest.mark.slow), *OPERATORS[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("operators", OPERATORS)
 def test_the_cache_dtype_is_chosen_at_start(operators: Operators, tmp_path: Path) -> None:
     model = write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", operators)
@@ -180,6 +181,7 @@ def test_standard_operators_refuse_a_cache_that_they_cannot_write(tmp_path: Path
         open_runner(tmp_path / "exported", "int8")
 
 
+@pytest.mark.slow
 def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny("llama", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "exported", "portable")

@@ -24,6 +24,7 @@ from config.serving_config import load
 from kernels import library
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.alone,
     pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler: ranks of this size take too long"),
 ]
@@ -68,7 +69,6 @@ def test_two_ranks_write_the_text_of_one(answers: list[Answer]) -> None:
     check(answers)
 
 
-@pytest.mark.slow
 def test_alone_is_as_in_a_batch(deployment: Serving, answers: list[Answer]) -> None:
     for prompt, together in list(zip(PROMPTS, answers, strict=True))[::12]:
         alone = ask(deployment.client(), prompt)
@@ -76,7 +76,6 @@ def test_alone_is_as_in_a_batch(deployment: Serving, answers: list[Answer]) -> N
         assert alone.token_ids[:same] == together.token_ids[:same]
 
 
-@pytest.mark.slow
 def test_a_stream_is_the_full_text(deployment: Serving) -> None:
     parameters = {"max_new_tokens": 24, "return_full_text": False, "return_protocol": "raw"}
     body = {"inputs": PROMPTS[0], "parameters": parameters}
@@ -86,7 +85,6 @@ def test_a_stream_is_the_full_text(deployment: Serving) -> None:
     assert "".join(pieces) == full
 
 
-@pytest.mark.slow
 def test_a_seed_gives_the_same_sample_on_its_own_and_beside_others(deployment: Serving) -> None:
     parameters = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.0, "top_k": 20, "seed": 7}
     body = {"inputs": PROMPTS[1], "parameters": parameters}
@@ -117,14 +115,12 @@ def test_each_rank_holds_about_half_of_the_weights() -> None:
     assert (manifest.world_size, manifest.num_kv_heads, manifest.cache_heads) == (RANKS, 3, 2)
 
 
-@pytest.mark.slow
 def test_preempted_requests_give_the_same_text(tmp_path: Path) -> None:
     with deployed(RANKS, tmp_path, "8MiB") as crowded:
         check(ask_together(crowded, PROMPTS[::3]))
         assert metric(crowded, "num_preemptions_total") > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_more_ranks_write_the_text_of_one(ranks: int, tmp_path: Path) -> None:
     with deployed(ranks, tmp_path, "128MiB") as started:
@@ -150,7 +146,6 @@ def member(deployment: Serving, name: str) -> psutil.Process:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"),
     [("0", signal.SIGKILL), ("rendezvous", signal.SIGKILL), ("1", signal.SIGSTOP)],
@@ -170,7 +165,6 @@ def test_a_lost_process_is_a_pause(deployment: Serving, name: str, number: signa
     assert deployment.client().get("/health/ready").status_code == 200
 
 
-@pytest.mark.slow
 def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
     """Killed in the middle of steps, with ranks that wait for each other."""
     body = {"inputs": PROMPTS[2], "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
@@ -184,7 +178,6 @@ def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
             assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
 
 
-@pytest.mark.slow
 def test_ranks_that_are_sent_different_steps_start_anew(deployment: Serving) -> None:
     """As when the app dies between sending a plan to one rank and to the next. It is dead for the tests that follow."""
     assert deployment.app is not None
