@@ -87,7 +87,7 @@ def test_reading_beyond_a_buffer_is_seen() -> None:
 
 @needs_sanitizer
 def test_operators_stay_within_their_buffers() -> None:
-    assert_passed(sanitized(*PYTEST, examples=300))
+    assert_passed(sanitized(*PYTEST, examples=100))
 
 
 @needs_x86
