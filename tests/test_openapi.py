@@ -34,7 +34,7 @@ def test_a_few_requests_to_every_operation(standin: Serving, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_every_operation_keeps_to_its_description(standin: Serving, tmp_path: Path) -> None:
-    run_schemathesis(standin, tmp_path, "--max-examples=20")
+    run_schemathesis(standin, tmp_path, "--max-examples=10")
 
 
 def test_every_reference_leads_somewhere_and_every_operation_says_what_it_does(client: httpx.Client) -> None:

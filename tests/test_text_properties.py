@@ -101,7 +101,7 @@ def test_a_text_is_one_text_on_every_route(client: httpx.Client, data: st.DataOb
 
 
 @pytest.mark.slow
-@patient(600)
+@patient(200)
 @given(st.data())
 def test_many_texts_are_one_text_on_every_route(client: httpx.Client, data: st.DataObject) -> None:
     inputs = data.draw(TEXTS)
