@@ -21,9 +21,9 @@ namespace native {
 constexpr int kSlices = kPanelRows / lanes::kLanes;  // of a panel, each as wide as a vector
 
 // Whose sums, beside a slice of a block, fill the registers (AVX-512) or pay for unpacking it.
-constexpr int tokens_at_once(Format format) {
+constexpr int tokens_at_once([[maybe_unused]] Format format) {
 #if defined(__AVX512F__)
-  return format == Format::kF32 ? 1 : 16;
+  return 16;
 #else
   return NATIVE_BYTE_DOTS && format != Format::kBf16 ? 8 : 4;
 #endif

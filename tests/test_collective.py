@@ -21,7 +21,7 @@ from agent import rendezvous
 from agent.rendezvous import Rendezvous, shared_environment
 from config.free_ports import free_ports
 
-pytestmark = pytest.mark.slow  # test_tensor_parallel.py has ranks that meet, among the others
+pytestmark = pytest.mark.slow  # test_tiny_ranks.py has ranks that meet, among the others
 
 RANKS = 2
 SECONDS = 120.0  # a busy machine takes half a minute to import MindSpore
