@@ -56,7 +56,9 @@ def read_speed(threads: int) -> float:
                 "reading memory at full speed needs a C++ compiler (g++, clang++ or what CXX names)"
             )
         source = Path(__file__).parent / "read.cc"
-        subprocess.run([command, *library.FLAGS, *library.cpu_flags(), str(source), "-o", str(file)], check=True)
+        subprocess.run(
+            [command, *library.FLAGS, *library.cpu_flags(), "-shared", str(source), "-o", str(file)], check=True
+        )
         read = ctypes.CDLL(str(file)).read_all
     read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     read.restype = ctypes.c_float

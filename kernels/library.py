@@ -15,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FOLDER = SOURCES.parent / "output" / "kernels"
 FLAGS = (
     "-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra",
-    "-shared", "-fPIC",
+    "-fPIC",
 )  # fmt: skip
 
 
@@ -81,18 +82,25 @@ def build() -> Path:
         raise BuildError("no C++ compiler found (g++, clang++ or what CXX names)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = {source: Path(scratch) / f"{source.stem}.o" for source in sources() if source.suffix == ".cc"}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source: run(command, "-c", source, "-o", objects[source]), objects))
         output = Path(scratch) / target.name
-        files = [str(source) for source in sources() if source.suffix == ".cc"]
-        done = subprocess.run(
-            [command, *FLAGS, *cpu_flags(), *extra_flags(), *files, "-o", str(output)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise BuildError(f"{command} failed; GCC 11, GCC 12 and clang 14 are known to do\n{done.stderr.strip()}")
+        run(command, "-shared", *objects.values(), "-o", output)
         output.replace(target)
     return target
+
+
+def run(command: str, *arguments: str | Path) -> None:
+    """The compiler once, with everybody's flags.
+
+    Raises:
+        BuildError: with what it printed.
+    """
+    flags = (*FLAGS, *cpu_flags(), *extra_flags())
+    done = subprocess.run([command, *flags, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{command} failed; GCC 11, GCC 12 and clang 14 are known to do\n{done.stderr.strip()}")
 
 
 class Library:
