@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kernels import library
 from models import portable
-from models.network import constant, of_layer, rope_frequencies
+from models.network import constant, rope_frequencies
 from models.network_config import NetworkConfig
 from models.weight_map import Floats, Weights
 
@@ -60,7 +60,7 @@ class LayerCell(nn.Cell):  # type: ignore[misc]
     def __init__(self, operators: ModuleType, phase: str, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
         self.geometry = operators.GEOMETRY[phase](constant("rope", rope_frequencies(CONFIG)), BLOCK_SIZE)
-        self.layer = operators.LAYER[phase](CONFIG, 0, of_layer(weights, 0))
+        self.layer = operators.layers(phase, CONFIG, weights)[0]
 
     def construct(
         self,

@@ -83,6 +83,13 @@ void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &we
   }
 }
 
+// Task `number` of `count` that threads take in turn, as a place in memory: each thread goes through a part of its own, so that
+// what it asks memory for beyond the end of a task is what it needs next.
+int64_t place_of(int64_t number, int64_t count, int64_t threads) {
+  const int64_t thread = number % threads, longer = count % threads;
+  return thread * (count / threads) + std::min(thread, longer) + number / threads;
+}
+
 // Calls store(token, first row, dots, rows) for every token and neighbouring rows of the weight, on all threads: up to
 // kTaskRows of them, beginning at an even row. `whole` tasks begin at a multiple of kTaskRows.
 template <typename Store>
@@ -93,7 +100,7 @@ void multiply(const Tokens &x, int64_t count, const Weight &weight, bool whole, 
   const int64_t shares = (weight.rows + share - 1) / share;
   pool.run(shares * tiles, [&](int64_t task) {
     alignas(64) float out[kTokenTile * kTaskRows];
-    const int64_t first_row = task % shares * share, rows = std::min(share, weight.rows - first_row);
+    const int64_t first_row = place_of(task % shares, shares, pool.threads()) * share, rows = std::min(share, weight.rows - first_row);
     const int64_t first = task / shares * kTokenTile, here = std::min(kTokenTile, count - first);
     switch (weight.format) {
       case Format::kF32: float_rows(x.floats + first * x.columns, here, weight, first_row, rows, out, kTaskRows); break;

@@ -37,7 +37,7 @@ from config.serving_config import WeightFormat
 from models.network import Phase
 from models.network_config import NetworkConfig
 from models.portable import Embedding, Linear, ResidualLinear, SharedEmbedding
-from models.weight_map import Weights, WeightSource
+from models.weight_map import Weights, WeightSource, of_layer
 
 MAX_STEP_TOKENS = None  # as many as the configuration allows
 PHASES: tuple[Phase, ...] = ("prefill", "chunk", "decode")
@@ -82,11 +82,10 @@ class Operators:
     def GEOMETRY(self) -> Mapping[str, Any]:
         return {phase: partial(Geometry, self, phase) for phase in PHASES}
 
-    @property
-    def LAYER(self) -> Mapping[str, Any]:
-        return {phase: partial(DecoderLayer, self.primitives, phase) for phase in PHASES}
-
-    SHARED_LAYER = LAYER
+    def layers(self, phase: str, config: NetworkConfig, weights: Weights, reduce: Any = None) -> list[nn.Cell]:
+        """A network's layers, each a Cell; ``reduce`` sums up the results of several ranks."""
+        own = [of_layer(weights, i) for i in range(config.num_layers)]
+        return [DecoderLayer(self.primitives, phase, config, i, its, reduce) for i, its in enumerate(own)]
 
 
 def npu(weights: WeightFormat, context_length: int) -> Operators:

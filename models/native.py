@@ -19,13 +19,15 @@ from kernels import library
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.weight_format import MATRICES, panels, read_blocks
-from models.weight_map import Rows, Weights, WeightSource
+from models.weight_map import Rows, Weights, WeightSource, of_layer
 
 F32, I32, U8 = DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
 MAX_STEP_TOKENS = None  # as many as the configuration allows
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
 CACHE_DTYPES = (F32, DataType.F16_Default, DataType.BF16_Default, DataType.I8_Default)
+STEP_DTYPES = [(F32, F32, I32, I32, I32, I32, cache, cache) for cache in CACHE_DTYPES]  # x, geometry and cache
+LAYERS_AT_ONCE = 10  # in one operator; what more of them would save is lost in the noise
 
 
 def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Custom:
@@ -116,47 +118,50 @@ class Geometry(nn.Cell):  # type: ignore[misc]
         return self.angles(positions, self.frequencies), slot_mapping, block_tables, query_lens, context_lens
 
 
-class DecoderLayer(nn.Cell):  # type: ignore[misc]
-    """Attention and gated MLP, each on the residual stream, in one operator.
+class DecoderLayers(nn.Cell):  # type: ignore[misc]
+    """Some layers one after another in one operator: attention and gated MLP, each on the residual stream.
 
     ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, ())``: nothing is left for the host to write.
     """
 
-    def __init__(self, config: NetworkConfig, index: int, weights: Weights) -> None:
+    def __init__(self, config: NetworkConfig, layers: range, weights: Weights) -> None:
         super().__init__(auto_prefix=False)
-        self.attention = attention_inputs(config, index, weights)
-        self.mlp = mlp_inputs(weights)
-        self.biases = biases_of(weights)
-        after = (*map(dtype_of, (*self.mlp, *self.biases)), F32)
-        self.layer = custom("DecoderLayer", *((*before, *after) for before in attention_dtypes(self.attention)))
+        of_all = [(index, of_layer(weights, index)) for index in layers]
+        own = [(*attention_inputs(config, i, its), *mlp_inputs(its), *biases_of(its)) for i, its in of_all]
+        self.own = ParameterTuple(weight for layer in own for weight in layer)
+        count = Tensor(np.array([len(layers)], np.int32))
+        self.count = Parameter(count, name=f"layers.{layers.start}.count", requires_grad=False)
+        self.run = custom("DecoderLayers", *((*step, I32, *map(dtype_of, self.own), F32) for step in STEP_DTYPES))
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        norm, qkv, constants, output = self.attention
-        attention = norm, qkv, *geometry, key_cache, value_cache, constants, output
-        return self.layer(x, *attention, *self.mlp, *self.biases), ()
+        return self.run(x, *geometry, key_cache, value_cache, self.count, *self.own), ()
 
 
 class SharedLayer(nn.Cell):  # type: ignore[misc]
-    """The same on one of several ranks, whose results ``reduce`` sums up after attention and after the MLP."""
+    """One layer on one of several ranks, whose results ``reduce`` sums up after attention and after the MLP."""
 
     def __init__(self, config: NetworkConfig, index: int, weights: Weights, reduce: Any) -> None:
         super().__init__(auto_prefix=False)
-        self.attention = attention_inputs(config, index, weights)
-        self.mlp = mlp_inputs(weights)
-        self.biases = biases_of(weights)
-        after = (*map(dtype_of, self.biases), F32)
-        self.attend = custom("AttentionShare", *((*before, *after) for before in attention_dtypes(self.attention)))
+        self.attention = ParameterTuple((*attention_inputs(config, index, weights), *biases_of(weights)))
+        self.mlp = ParameterTuple(mlp_inputs(weights))
+        self.attend = custom("AttentionShare", *((*step, *map(dtype_of, self.attention), F32) for step in STEP_DTYPES))
         self.gate = custom("MLPShare", (F32, *map(dtype_of, self.mlp), F32))
         self.reduce = reduce
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        norm, qkv, constants, output = self.attention
-        attention = norm, qkv, *geometry, key_cache, value_cache, constants, output
-        x = x + self.reduce(self.attend(x, *attention, *self.biases))
+        x = x + self.reduce(self.attend(x, *geometry, key_cache, value_cache, *self.attention))
         return x + self.reduce(self.gate(x, *self.mlp)), ()
 
 
-def attention_inputs(config: NetworkConfig, index: int, weights: Weights) -> ParameterTuple:
+def layers(phase: str, config: NetworkConfig, weights: Weights, reduce: Any = None) -> list[nn.Cell]:
+    """A network's layers, the same in both phases: several in a Cell, or one if ``reduce`` sums up several ranks'."""
+    every = range(config.num_layers)
+    if reduce is not None:
+        return [SharedLayer(config, index, of_layer(weights, index), reduce) for index in every]
+    return [DecoderLayers(config, every[i : i + LAYERS_AT_ONCE], weights) for i in every[::LAYERS_AT_ONCE]]
+
+
+def attention_inputs(config: NetworkConfig, index: int, weights: Weights) -> tuple[Parameter, ...]:
     """A layer's norm, qkv, constants and output.
 
     Raises:
@@ -164,23 +169,17 @@ def attention_inputs(config: NetworkConfig, index: int, weights: Weights) -> Par
     """
     check_heads(config)
     constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
-    return ParameterTuple((weights("attention_norm"), weights("qkv"), constants, weights("output")))
+    return weights("attention_norm"), weights("qkv"), constants, weights("output")
 
 
-def attention_dtypes(inputs: ParameterTuple) -> list[tuple[Any, ...]]:
-    """Dtypes of ``x`` and everything up to the output's weight, for each dtype of the cache."""
-    norm, qkv, constants, output = map(dtype_of, inputs)
-    return [(F32, norm, qkv, F32, I32, I32, I32, I32, cache, cache, constants, output) for cache in CACHE_DTYPES]
-
-
-def mlp_inputs(weights: Weights) -> ParameterTuple:
+def mlp_inputs(weights: Weights) -> tuple[Parameter, ...]:
     """A layer's other norm, gate with up, and down."""
-    return ParameterTuple((weights("mlp_norm"), weights("gate_up"), weights("down")))
+    return weights("mlp_norm"), weights("gate_up"), weights("down")
 
 
-def biases_of(weights: Weights) -> ParameterTuple:
+def biases_of(weights: Weights) -> tuple[Parameter, ...]:
     """The biases that a layer has: of qkv, or of qkv and output."""
-    return ParameterTuple(bias for bias in (weights("qkv_bias"), weights("output_bias")) if bias is not None)
+    return tuple(bias for bias in (weights("qkv_bias"), weights("output_bias")) if bias is not None)
 
 
 class Head(nn.Cell):  # type: ignore[misc]
@@ -217,5 +216,3 @@ def check_heads(config: NetworkConfig) -> None:
 
 
 GEOMETRY = {"prefill": Geometry, "decode": Geometry}
-LAYER = {"prefill": DecoderLayer, "decode": DecoderLayer}
-SHARED_LAYER = {"prefill": SharedLayer, "decode": SharedLayer}

@@ -49,16 +49,14 @@ class Network(nn.Cell):  # type: ignore[misc]
         ``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's.
         """
         super().__init__(auto_prefix=False)
-        table, layers = (weights("embed_tokens"), weights("norm")), range(config.num_layers)
+        table = weights("embed_tokens"), weights("norm")
         self.reduce = None if share is None else share.reduce
         if share is None:
             self.embed = operators.Embedding(*table)
-            cells = [operators.LAYER[phase](config, i, of_layer(weights, i)) for i in layers]
         else:
             self.embed = operators.SharedEmbedding(*table, share.first_token)
-            cells = [operators.SHARED_LAYER[phase](config, i, of_layer(weights, i), share.reduce) for i in layers]
         self.geometry = operators.GEOMETRY[phase](constant("rope_frequencies", rope_frequencies(config)), block_size)
-        self.layers = nn.CellList(cells, auto_prefix=False)
+        self.layers = nn.CellList(operators.layers(phase, config, weights, self.reduce), auto_prefix=False)
         head = weights("embed_tokens" if config.tied_embeddings else "head")
         self.head = operators.Head(weights("norm"), config.norm_eps, head)
 
@@ -87,11 +85,6 @@ class Network(nn.Cell):  # type: ignore[misc]
         if keys:
             return logits, ops.stack(keys), ops.stack(values)
         return logits
-
-
-def of_layer(weights: Weights, index: int) -> Weights:
-    """The weights of one layer, by the names that they have in each."""
-    return lambda name: weights(f"layers.{index}.{name}")
 
 
 def constant(name: str, value: NDArray[np.float32]) -> Parameter:

@@ -20,7 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from config.serving_config import WeightFormat
 from models.network_config import NetworkConfig
-from models.weight_map import Floats, Weights, WeightSource
+from models.weight_map import Floats, Weights, WeightSource, of_layer
 
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
@@ -320,4 +320,9 @@ class DecodeLayer(DecoderLayer):
 
 
 GEOMETRY = {"prefill": PrefillGeometry, "decode": DecodeGeometry}
-LAYER = SHARED_LAYER = {"prefill": PrefillLayer, "decode": DecodeLayer}
+LAYER = {"prefill": PrefillLayer, "decode": DecodeLayer}
+
+
+def layers(phase: str, config: NetworkConfig, weights: Weights, reduce: Any = None) -> list[nn.Cell]:
+    """A network's layers, each a Cell; ``reduce`` sums up the results of several ranks."""
+    return [LAYER[phase](config, i, of_layer(weights, i), reduce) for i in range(config.num_layers)]

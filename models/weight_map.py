@@ -241,6 +241,11 @@ def _unpack_groups(rows: Rows, config: NetworkConfig) -> Rows:
     return np.concatenate([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 
+def of_layer(weights: Weights, index: int) -> Weights:
+    """The weights of one layer, by the names that they have in each."""
+    return lambda name: weights(f"layers.{index}.{name}")
+
+
 def read_weight(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Floats:
     """One weight, C-contiguous, in memory of its own."""
     weight: Floats = _stacked(pieces, [tensors.read(piece.tensor) for piece in pieces])

@@ -17,8 +17,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from models import portable
 from models.checkpoint import open_checkpoint
 from models.graphs import Weights, dynamic, write_graph
-from models.network import of_layer, rope_frequencies
+from models.network import rope_frequencies
 from models.network_config import NetworkConfig
+from models.weight_map import of_layer
 
 
 @dataclass(frozen=True)
