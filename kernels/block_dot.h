@@ -83,8 +83,7 @@ inline void quantise_block(const float *x, int zero, int8_t *codes, int8_t *rest
       rest_sums += rest;
     }
   }
-  int32_t sum = 0, rest_sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += sums[i], rest_sum += rest_sums[i];
+  const int32_t sum = lanes::sum(sums), rest_sum = lanes::sum(rest_sums);
   // NaN and infinity have no code: they reach the result through the scale
   block.scale = largest / 127.f + 0.f * lanes::sum(total);
   block.sum = block.scale * (static_cast<float>(sum) + static_cast<float>(rest_sum) / kRestSteps);

@@ -35,6 +35,7 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(kLanes * sizeof(int32_t))));  // two for each lane
 typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+typedef int32_t FourInts __attribute__((vector_size(4 * sizeof(int32_t))));
 
 template <typename Vector>
 inline Vector read(const void *from) {
@@ -106,13 +107,17 @@ inline void store_bytes(int8_t *to, Ints v) {
 #endif
 }
 
-// The sum of the vector's quarters (or of what a narrower one has).
-inline Four fold(Lanes v) {
-  Four parts[kLanes / 4], total;
+// What `join` makes of the vector's quarters (or of what a narrower one has).
+template <typename Quarter, typename Vector, typename Join>
+inline Quarter fold(Vector v, const Join &join) {
+  Quarter parts[kLanes / 4];
   std::memcpy(parts, &v, sizeof(v));
-  total = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
-  return total;
+  for (int i = 1; i < kLanes / 4; ++i) parts[0] = join(parts[0], parts[i]);
+  return parts[0];
+}
+
+inline Four fold(Lanes v) {
+  return fold<Four>(v, [](Four a, Four b) { return a + b; });
 }
 
 // Quarter i of the result has the sums of the four vectors' quarters i.
@@ -158,12 +163,15 @@ inline float sum(Lanes v) {
   return (f[0] + f[1]) + (f[2] + f[3]);
 }
 
+inline int32_t sum(Ints v) {
+  const auto f = fold<FourInts>(v, [](FourInts a, FourInts b) { return a + b; });
+  return (f[0] + f[1]) + (f[2] + f[3]);
+}
+
 inline float largest(Lanes v) {
-  float x[kLanes];
-  store(x, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-  return x[0];
+  const auto f = fold<Four>(v, [](Four a, Four b) { return a > b ? a : b; });
+  const float low = f[0] > f[1] ? f[0] : f[1], high = f[2] > f[3] ? f[2] : f[3];
+  return low > high ? low : high;
 }
 
 // 2^x for x <= 0 to 2e-7 relative, and 0 below the smallest normal number: 2^n * 2^f with |f| <= 1/2.
