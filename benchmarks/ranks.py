@@ -34,12 +34,15 @@ HIDDEN = 576  # of the default model: the numbers of a token that are summed
 CONTEXT = 128  # tokens of each row
 STEPS, WARM_STEPS = 40, 5
 CACHE_BYTES = 256 << 20
-HEAD = "| ranks | rows | step | of it sums | weights of a rank | memory of a rank |\n|--:|--:|--:|--:|--:|--:|"
+HEAD = (
+    "| ranks | start | rows | step | of it sums | weights of a rank | memory of a rank |\n|--:|--:|--:|--:|--:|--:|--:|"
+)
 
 
 class Measured(msgspec.Struct, frozen=True):
     """What rank 0 saw."""
 
+    ready: float  # seconds since the epoch, when the model was loaded and all ranks had run it
     steps: dict[int, float]  # seconds, by rows
     sums: dict[int, float]  # the same without what is between them; of several ranks
     memory: int  # bytes of its process, cache included
@@ -53,8 +56,9 @@ def model(ranks: int) -> Path:
     return folder
 
 
-async def measure(folder: Path, ranks: int) -> Measured:
-    """Run all ranks of an exported model, each in a process of its own."""
+async def measure(folder: Path, ranks: int) -> tuple[float, Measured]:
+    """Run all ranks of an exported model, each in a process of its own: the seconds of the start, and the rest."""
+    begin = time.time()
     with tempfile.TemporaryDirectory() as logs:
         rendezvous = await Rendezvous.start("the benchmark", ranks, Path(logs) / "rendezvous") if ranks > 1 else None
         try:
@@ -72,7 +76,8 @@ async def measure(folder: Path, ranks: int) -> Measured:
             if rendezvous:
                 rendezvous.kill()
                 await rendezvous.ended()
-    return msgspec.json.decode(said[0][0].splitlines()[-1], type=Measured)
+    measured = msgspec.json.decode(said[0][0].splitlines()[-1], type=Measured)
+    return measured.ready - begin, measured
 
 
 def run_rank(folder: Path, rank: int, threads: int) -> Measured:
@@ -80,13 +85,14 @@ def run_rank(folder: Path, rank: int, threads: int) -> Measured:
     from agent.model_runner import ModelRunner  # here: it imports MindSpore, which the parent does without
 
     runner = ModelRunner(folder, rank, cache_bytes=CACHE_BYTES, cache_dtype="float16", threads=threads)
+    ready = time.time()  # to load a model is to run it: that prefill and decode share a cache is tried
     steps, sums = {}, {}
     for rows in ROWS:
         batch = decode_step(rows, runner.manifest.block_size)
         steps[rows] = seconds(partial(runner.run, batch, best_only=True))
         if runner.manifest.world_size > 1:
             sums[rows] = seconds(sums_of_a_step(rows, runner.manifest.num_layers))
-    return Measured(steps, sums, psutil.Process().memory_info().rss)
+    return Measured(ready, steps, sums, psutil.Process().memory_info().rss)
 
 
 def decode_step(rows: int, block_size: int) -> StepBatch:
@@ -137,7 +143,7 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times[WARM_STEPS:])
 
 
-def lines(folder: Path, ranks: int, measured: Measured) -> list[str]:
+def lines(folder: Path, ranks: int, start: float, measured: Measured) -> list[str]:
     """The rows of a table in Markdown."""
     weights = folder / ("rank_0/weights.bin" if ranks > 1 else "weights.bin")
     sizes = f"{weights.stat().st_size / 1e6:.0f} MB | {measured.memory / 1e6:.0f} MB"
@@ -145,7 +151,7 @@ def lines(folder: Path, ranks: int, measured: Measured) -> list[str]:
     for rows in ROWS:
         step, sums = measured.steps[rows], measured.sums.get(rows)
         share = "" if sums is None else f"{1e3 * sums:.1f} ms, {100 * sums / step:.0f} %"
-        found.append(f"| {ranks} | {rows} | {1e3 * step:.1f} ms | {share} | {sizes} |")
+        found.append(f"| {ranks} | {start:.0f} s | {rows} | {1e3 * step:.1f} ms | {share} | {sizes} |")
     return found
 
 
@@ -163,7 +169,7 @@ def main() -> int:
     table = [f"{machine.describe(machine.measure())}.", "", HEAD]
     for ranks in RANKS:
         folder = model(ranks)
-        table += lines(folder, ranks, asyncio.run(measure(folder, ranks)))
+        table += lines(folder, ranks, *asyncio.run(measure(folder, ranks)))
         print("\n".join(table[-len(ROWS) :]), flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "ranks.md").write_text("\n".join(table) + "\n", encoding="utf-8")

@@ -21,8 +21,10 @@ from server.answer import Answer
 from server.block_manager import BlockManager
 from server.dispatcher import Load
 from server.errors import GenerationFailed, Overloaded
+from server.events import happens
 from server.metrics import GroupMetrics
 from server.observer import Observer
+from server.open_answers import OpenAnswers
 from server.request import FinishReason, Request, Status
 from server.scheduler import Scheduler
 from server.step import Step
@@ -71,13 +73,10 @@ class StepLoop:
         self._observer = observer
         self._changed = changed
         self._scheduler = self._new_scheduler()
-        self._answers: dict[Request, Answer] = {}
-        self._timers: dict[Request, list[asyncio.TimerHandle]] = {}
+        self._answers = OpenAnswers()
         self._sent: deque[Sent] = deque()  # in flight, oldest first
         self._undelivered: StepResult | None = None
         self._work = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
         self._last_answer = time.monotonic()
         self._broken = self._refused = False
 
@@ -135,14 +134,11 @@ class StepLoop:
 
     def add(self, answer: Answer) -> None:
         """Queue the request of ``answer``, for as long as the limits allow."""
-        self._answers[answer.request] = answer
-        self._empty.clear()
         self._scheduler.add(answer.request)
-        self._timers[answer.request] = [
-            asyncio.get_running_loop().call_at(answer.request.arrival + seconds, late, answer)
-            for seconds, late in ((self._limits.max_queue_seconds, self._tire), (self._limits.max_seconds, self._cut))
-            if seconds is not None
-        ]
+        limits = (self._limits.max_queue_seconds, self._tire), (self._limits.max_seconds, self._cut)
+        loop, arrival = asyncio.get_running_loop(), answer.request.arrival
+        timers = [loop.call_at(arrival + seconds, late, answer) for seconds, late in limits if seconds is not None]
+        self._answers.add(answer, timers)
         self._work.set()
 
     def movable(self) -> list[Answer]:
@@ -155,27 +151,27 @@ class StepLoop:
             return []
         return [
             answer
-            for request, answer in self._answers.items()
-            if request.status is Status.WAITING
-            and not request.num_in_flight
-            and (self.given_up or not request.num_crashes)
+            for answer in self._answers
+            if answer.request.status is Status.WAITING
+            and not answer.request.num_in_flight
+            and (self.given_up or not answer.request.num_crashes)
         ]
 
     def remove(self, answer: Answer) -> None:
         """Let another group go on with one of ``movable``."""
         self._scheduler.remove(answer.request)
-        self._drop(answer)
+        self._answers.drop(answer)
 
     def abort(self, request: Request) -> None:
         """End a request, if it has not ended already."""
-        if answer := self._answers.get(request):
+        if answer := self._answers.of(request):
             self._end(answer, "abort")
             answer.abort()
 
     def abort_all(self) -> None:
         """End all requests."""
-        for request in list(self._answers):
-            self.abort(request)
+        for answer in self._answers:
+            self.abort(answer.request)
 
     def _tire(self, answer: Answer) -> None:
         """A request has waited too long for its turn."""
@@ -190,9 +186,7 @@ class StepLoop:
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no request is left, for ``seconds`` at most; whether that was enough."""
-        if not self.empty:
-            await _happens(self._empty, seconds)
-        return self.empty
+        return await self._answers.ended(seconds)
 
     async def run(self) -> None:
         """Run steps for ever; cancel to stop."""
@@ -266,7 +260,7 @@ class StepLoop:
         self._deliver()
         self._scheduler.check_idle()
         self._work.clear()
-        if not await _happens(self._work, PROBE_SECONDS):
+        if not await happens(self._work, PROBE_SECONDS):
             await self._probe()
 
     async def _probe(self) -> None:
@@ -286,14 +280,14 @@ class StepLoop:
         if result is None:
             return
         for request, prompt_tokens in result.prompt_tokens():
-            if answer := self._answers.get(request):
+            if answer := self._answers.of(request):
                 answer.add_prompt_tokens([answer.token(*scored) for scored in prompt_tokens])
         for request in result.failed():
-            if answer := self._answers.get(request):
+            if answer := self._answers.of(request):
                 self._end(answer, "error")
                 answer.fail(GenerationFailed("what the answer must be has become too complex to go on"))
         for request, scored in result.tokens():
-            if answer := self._answers.get(request):
+            if answer := self._answers.of(request):
                 reason = answer.add_token(answer.token(*scored), request.finish_reason)
                 self._observer.token(request, now)
                 if reason:
@@ -307,15 +301,8 @@ class StepLoop:
         self._forget(answer, reason)
 
     def _forget(self, answer: Answer, reason: FinishReason) -> None:
-        self._drop(answer)
+        self._answers.drop(answer)
         self._observer.ended(answer.request, reason, time.monotonic())
-
-    def _drop(self, answer: Answer) -> None:
-        del self._answers[answer.request]
-        for timer in self._timers.pop(answer.request):
-            timer.cancel()
-        if not self._answers:
-            self._empty.set()
 
     async def _retry(self) -> None:
         """The agents could not run the oldest step: find out whose fault that is, and let the others go on."""
@@ -353,13 +340,13 @@ class StepLoop:
     def _end_all(self) -> None:
         """End all requests with an error, without asking the scheduler."""
         self._undelivered = None
-        for request, answer in list(self._answers.items()):
+        for answer in self._answers:
             self._forget(answer, "error")
-            answer.fail(_failure(request))
+            answer.fail(_failure(answer.request))
 
     def _fail_answers(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            if answer := self._answers.get(request):
+            if answer := self._answers.of(request):
                 self._end(answer, "error")
                 answer.fail(_failure(request))
 
@@ -376,7 +363,7 @@ class StepLoop:
                 self._refused = True
                 await self._agents.close()
                 self._changed()
-                self._fail_answers(list(self._answers))
+                self._fail_answers([answer.request for answer in self._answers])
                 await asyncio.sleep(REFUSED_SECONDS)  # until someone mends it
             else:
                 _log.info("the agents are back")
@@ -401,16 +388,3 @@ class StepLoop:
 def _failure(request: Request) -> GenerationFailed:
     where = f"the server's log says why, under request {request.request_id}"
     return GenerationFailed(f"the answer could not be finished; {where}")
-
-
-async def _happens(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for ``event``, for ``seconds`` at most; whether it is set.
-
-    Before Python 3.12, ``asyncio.wait_for`` drops a cancellation that arrives together with the event.
-    """
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait((waiting,), timeout=seconds)
-    finally:
-        waiting.cancel()
-    return event.is_set()
