@@ -7,17 +7,19 @@ import os
 import time
 
 import numpy as np
+from msgspec import structs
 
 from agent.connection import Connection
 from agent.intake import Checked, Intake, check
 from agent.listener import Listener
+from agent.logits import Logits
 from agent.logprobs import token_logprobs
 from agent.outbox import Outbox
 from agent.protocol import Hello, StepError, StepOutput, StepPlan, pack_floats, pack_ints
 from agent.runner import Runner, RunnerBroken
 from agent.sampler import Sampler
 from agent.step_batch import PlanError, StepBatch, StepSampling, StepShapes
-from agent.step_digest import step_digest
+from agent.step_digest import Digest
 from config.grammar_engine import GrammarEngine
 from config.serving_config import LimitsConfig
 
@@ -110,7 +112,9 @@ class Agent:
             self._broken = error if isinstance(error, RunnerBroken) else None
             return StepError(step_id=plan.step_id, message=f"{type(error).__name__}: {error}")
 
-    def _step(self, plan: StepPlan, batch: StepBatch, sampling: StepSampling, taken_up: float) -> StepOutput:
+    def _step(
+        self, plan: StepPlan, batch: StepBatch, sampling: StepSampling, digest: Digest, taken_up: float
+    ) -> StepOutput:
         for reset in plan.resets:
             self._sampler.reset(reset)
         if not self._sampler.holds(sampling.seats):
@@ -120,7 +124,7 @@ class Agent:
             if latest.min() < 0:
                 raise PlanError("token_ids: a row's latest token is asked for, and its seat has got none")
             batch.token_ids[sampling.latest_places] = latest
-        digest = step_digest(plan.step_id, batch, sampling)
+            digest.update(pack_ints(latest))
         self._runner.agree(digest.digest())
         if sampling.block_copies.size:
             self._runner.copy_blocks(sampling.block_copies)
@@ -128,18 +132,32 @@ class Agent:
         best_only = not sampling.prompt_targets.size and self._sampler.takes_best(sampling.seats)
         logits = self._runner.run(batch, best_only=best_only)
         device_seconds = time.perf_counter() - started
+        if best_only:
+            output = StepOutput(
+                step_id=plan.step_id, token_ids=pack_ints(self._sampler.take_best(logits, sampling.seats))
+            )
+        else:
+            output = self._sampled(plan.step_id, logits, sampling)
+        digest.update(output.token_ids)
+        return structs.replace(
+            output,
+            digest=digest.digest(),
+            device_seconds=device_seconds,
+            step_seconds=time.perf_counter() - taken_up,
+        )
+
+    def _sampled(self, step_id: int, logits: Logits, sampling: StepSampling) -> StepOutput:
+        """The next tokens of rows that want any of what sampling can do, and the log-probabilities of known ones."""
         sampled, known = logits[: sampling.seats.size], logits[sampling.seats.size :]
         token_ids = self._sampler.sample(sampled, sampling.seats)
-        digest.update(pack_ints(token_ids))
         logprobs, top_ids, top_values = self._sampler.logprobs(sampled, sampling.seats, token_ids)
         places = np.arange(len(known))
         prompt_logprobs, prompt_top_ids, prompt_top_values = token_logprobs(
             known, places, sampling.prompt_targets, np.full_like(places, sampling.prompt_top_logprobs)
         )
         return StepOutput(
-            step_id=plan.step_id,
+            step_id=step_id,
             token_ids=pack_ints(token_ids),
-            digest=digest.digest(),
             failed_rows=pack_ints(self._sampler.failed(sampling.seats)),
             logprobs=pack_floats(logprobs),
             top_ids=pack_ints(top_ids),
@@ -147,8 +165,6 @@ class Agent:
             prompt_logprobs=pack_floats(prompt_logprobs),
             prompt_top_ids=pack_ints(prompt_top_ids),
             prompt_top_logprobs=pack_floats(prompt_top_values),
-            device_seconds=device_seconds,
-            step_seconds=time.perf_counter() - taken_up,
         )
 
 

@@ -8,10 +8,11 @@ import threading
 from agent.connection import Connection
 from agent.protocol import ProtocolError, StepPlan
 from agent.step_batch import PlanError, StepBatch, StepSampling, StepShapes, read_plan
+from agent.step_digest import Digest, step_digest
 
 MAX_AHEAD = 4  # plans; a server sends one ahead, and one that sends more has to wait
 
-Checked = tuple[StepBatch, StepSampling] | PlanError  # what a plan comes to
+Checked = tuple[StepBatch, StepSampling, Digest] | PlanError  # what a plan comes to
 
 
 class Intake:
@@ -61,6 +62,7 @@ class Intake:
 def check(plan: StepPlan, shapes: StepShapes) -> Checked:
     """The plan taken apart, or what is wrong with it."""
     try:
-        return read_plan(plan, shapes)
+        batch, sampling = read_plan(plan, shapes)
     except PlanError as error:
         return error
+    return batch, sampling, step_digest(plan.step_id, batch, sampling)

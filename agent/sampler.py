@@ -47,6 +47,7 @@ class Sampler:
         self._min_new_tokens = np.zeros(max_num_seqs, np.int64)
         self._num_logprobs = np.full(max_num_seqs, -1)  # -1: none wanted, 0: of the chosen token only
         self._settings = np.zeros(max_num_seqs, SETTINGS)
+        self._greedy = np.zeros(max_num_seqs, bool)  # seats that want the best token and nothing else
 
     def clear(self) -> None:
         """All seats are free."""
@@ -82,6 +83,10 @@ class Sampler:
         self._min_new_tokens[seat] = params.min_new_tokens if params.end_token_ids else 0
         scored = params.logprobs or params.top_logprobs
         self._num_logprobs[seat] = min(params.top_logprobs, self._vocab_size) if scored else -1
+        too_short = output_ids.size < self._min_new_tokens[seat]
+        self._greedy[seat] = not (
+            params.temperature or params.grammar or params.logit_bias or penalized or scored or too_short
+        )
         self._settings[seat] = (
             max(params.temperature, MIN_TEMPERATURE) if params.temperature else 0.0,
             min(params.top_k, self._vocab_size),
@@ -93,11 +98,20 @@ class Sampler:
         )
 
     def takes_best(self, seats: Ints) -> bool:
-        """Whether ``sample`` takes the best token for each of these seats, and nothing else is asked for."""
-        changed = self._constrained | self._biased | self._penalized | (self._num_logprobs >= 0)
-        settings = self._settings[seats]
-        too_short = settings["number"] < self._min_new_tokens[seats]
-        return not (changed[seats] | too_short | (settings["temperature"] > 0)).any()
+        """Whether each of these seats wants its best token and nothing else, so that ``take_best`` will do."""
+        return bool(self._greedy[seats].all())
+
+    def take_best(self, logits: Logits, seats: Ints) -> NDArray[np.int64]:
+        """What ``sample`` returns where ``takes_best``, in a few array operations: the device waits for them.
+
+        Raises:
+            FloatingPointError: as ``sample``.
+        """
+        require_numbers(logits.maxima.max(axis=1, initial=-np.inf))
+        tokens = logits.best()
+        self._settings["number"][seats] += 1
+        self._latest[seats] = tokens
+        return tokens
 
     def sample(self, logits: Logits, seats: Ints) -> NDArray[np.int64]:
         """The next token of each of S rows, ``[S]``. The logits are as before when it returns.
