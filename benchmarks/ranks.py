@@ -61,23 +61,35 @@ async def measure(folder: Path, ranks: int) -> tuple[float, Measured]:
     begin = time.time()
     with tempfile.TemporaryDirectory() as logs:
         rendezvous = await Rendezvous.start("the benchmark", ranks, Path(logs) / "rendezvous") if ranks > 1 else None
+        processes = []
         try:
-            processes = [
-                await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "benchmarks.ranks", "--folder", str(folder), "--rank", str(rank)),
-                    *("--threads", str(max(1, physical_cores() // ranks))),
-                    stdout=asyncio.subprocess.PIPE,
-                    env={**os.environ, "GLOG_v": "3", **(rendezvous.environment(rank) if rendezvous else {})},
-                )
-                for rank in range(ranks)
-            ]
-            said = await asyncio.gather(*(process.communicate() for process in processes))
-        finally:
+            for rank in range(ranks):
+                environment = {**os.environ, "GLOG_v": "3", **(rendezvous.environment(rank) if rendezvous else {})}
+                processes.append(await start_rank(folder, rank, ranks, environment))
+            said = await asyncio.gather(*(process.stdout.readline() for process in processes if process.stdout))
+            if not all(said):
+                raise SystemExit(f"rank {said.index(b'')} of {ranks} has ended; what it said is above")
+        finally:  # only now, as a rank that leaves ends the group
+            for process in processes:
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
             if rendezvous:
                 rendezvous.kill()
                 await rendezvous.ended()
-    measured = msgspec.json.decode(said[0][0].splitlines()[-1], type=Measured)
+    measured = msgspec.json.decode(said[0], type=Measured)
     return measured.ready - begin, measured
+
+
+async def start_rank(folder: Path, rank: int, ranks: int, environment: dict[str, str]) -> asyncio.subprocess.Process:
+    """Start a process that measures, says what it saw, and stays until its standard input closes."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.ranks", "--folder", str(folder), "--rank", str(rank)),
+        *("--threads", str(max(1, physical_cores() // ranks))),
+        stdin=asyncio.subprocess.PIPE,  # which ``agent.collective`` wants open, as a launcher's is
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
+    )
 
 
 def run_rank(folder: Path, rank: int, threads: int) -> Measured:
@@ -163,8 +175,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
-        measured = run_rank(arguments.folder, arguments.rank, arguments.threads)
-        print(msgspec.json.encode(measured).decode())
+        with os.fdopen(os.dup(1), "wb") as output:
+            os.dup2(2, 1)  # MindSpore writes to both
+            output.write(msgspec.json.encode(run_rank(arguments.folder, arguments.rank, arguments.threads)) + b"\n")
+        sys.stdin.read()
         return 0
     table = [f"{machine.describe(machine.measure())}.", "", HEAD]
     for ranks in RANKS:
