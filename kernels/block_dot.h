@@ -1,7 +1,7 @@
 // Dot products of a few tokens with one panel of 16 packed rows: the inner loops of every linear layer but float32's.
 //
 // Codes of 4 and 8 bits meet tokens that are quantised too where the CPU multiplies bytes: to 8 bits with a scale for each
-// 32 numbers, or to 16 in two parts where that shows, in the head. bfloat16 meets tokens rounded to bfloat16 where the CPU
+// 32 numbers, or to 16 in two parts where that shows, at the best logits. bfloat16 meets tokens rounded to bfloat16 where the CPU
 // multiplies those (AVX-512 BF16), and elsewhere tokens as they are. A CPU that does not multiply bytes unpacks a block of
 // codes to float32 for every few tokens.
 #pragma once
@@ -37,6 +37,7 @@ struct Tokens {
   struct Block {
     float scale;
     float sum;           // of the numbers that the codes stand for
+    float rest_sum;      // of what those leave
     int32_t start;       // minus the weight's offset times the sum of the codes: where integer sums begin
     int32_t rest_start;  // the same of the rests
   };
@@ -86,7 +87,8 @@ inline void quantise_block(const float *x, int zero, int8_t *codes, int8_t *rest
   const int32_t sum = lanes::sum(sums), rest_sum = lanes::sum(rest_sums);
   // NaN and infinity have no code: they reach the result through the scale
   block.scale = largest / 127.f + 0.f * lanes::sum(total);
-  block.sum = block.scale * (static_cast<float>(sum) + static_cast<float>(rest_sum) / kRestSteps);
+  block.sum = block.scale * static_cast<float>(sum);
+  block.rest_sum = block.scale * static_cast<float>(rest_sum) / kRestSteps;
   block.start = -zero * sum;
   block.rest_start = -zero * rest_sum;
 }
@@ -113,7 +115,7 @@ inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token
         if constexpr (kRests)
           steps += __builtin_convertvector(dot(codes, rests + at, token.rest_start - Ints{}), Lanes) * (1.f / kRestSteps);
         sums[s][m] += scale * token.scale * steps;
-        if constexpr (F == Format::kQ4_1) sums[s][m] += minimum * token.sum;
+        if constexpr (F == Format::kQ4_1) sums[s][m] += minimum * (kRests ? token.sum + token.rest_sum : token.sum);
       }
     }
   }

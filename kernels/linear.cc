@@ -3,6 +3,9 @@
 // Weights come in any format of packed_weight.h. A task is a few panels of rows times up to kTokenTile tokens: its rows
 // stay in the nearest cache while all tokens pass, so each weight is read from memory once a tile. At small batches that
 // traffic is what a step costs.
+#include <cmath>
+#include <numeric>
+
 #include "block_dot.h"
 #include "float_dot.h"
 #include "thread_pool.h"
@@ -13,6 +16,7 @@ namespace {
 constexpr int64_t kTokenTile = 96;  // tokens of a task
 constexpr int64_t kTaskRows = 64;   // rows of a task at most: a multiple of kPanelRows and kFloatRows
 constexpr int64_t kRun = 64;        // neighbouring logits of which the head tells the largest
+constexpr int64_t kFineRuns = 8;    // of a token, whose logits are worked out with all that is known of it
 
 // One operator's tokens; they belong to the runtime's one operator thread.
 struct TokenMemory {
@@ -83,6 +87,17 @@ void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &we
   }
 }
 
+// out[t][n] = token first + t . row first_row + n, for tokens of a task and neighbouring rows.
+void task_dots(const Tokens &x, int64_t first, int64_t count, const Weight &weight, int64_t first_row, int64_t rows, float *out) {
+  switch (weight.format) {
+    case Format::kF32: float_rows(x.floats + first * x.columns, count, weight, first_row, rows, out, kTaskRows); break;
+    case Format::kBf16: packed_rows<Format::kBf16>(x, first, count, weight, first_row, rows, out); break;
+    case Format::kQ8: packed_rows<Format::kQ8>(x, first, count, weight, first_row, rows, out); break;
+    case Format::kQ4_0: packed_rows<Format::kQ4_0>(x, first, count, weight, first_row, rows, out); break;
+    case Format::kQ4_1: packed_rows<Format::kQ4_1>(x, first, count, weight, first_row, rows, out); break;
+  }
+}
+
 // Task `number` of `count` that threads take in turn, as a place in memory: each thread goes through a part of its own, so that
 // what it asks memory for beyond the end of a task is what it needs next.
 int64_t place_of(int64_t number, int64_t count, int64_t threads) {
@@ -102,13 +117,7 @@ void multiply(const Tokens &x, int64_t count, const Weight &weight, bool whole, 
     alignas(64) float out[kTokenTile * kTaskRows];
     const int64_t first_row = place_of(task % shares, shares, pool.threads()) * share, rows = std::min(share, weight.rows - first_row);
     const int64_t first = task / shares * kTokenTile, here = std::min(kTokenTile, count - first);
-    switch (weight.format) {
-      case Format::kF32: float_rows(x.floats + first * x.columns, here, weight, first_row, rows, out, kTaskRows); break;
-      case Format::kBf16: packed_rows<Format::kBf16>(x, first, here, weight, first_row, rows, out); break;
-      case Format::kQ8: packed_rows<Format::kQ8>(x, first, here, weight, first_row, rows, out); break;
-      case Format::kQ4_0: packed_rows<Format::kQ4_0>(x, first, here, weight, first_row, rows, out); break;
-      case Format::kQ4_1: packed_rows<Format::kQ4_1>(x, first, here, weight, first_row, rows, out); break;
-    }
+    task_dots(x, first, here, weight, first_row, rows, out);
     for (int64_t t = 0; t < here; ++t) store(first + t, first_row, out + t * kTaskRows, rows);
   });
 }
@@ -122,6 +131,17 @@ float largest(const float *values, int64_t count) {
     poison += values[i] != values[i] ? 1.f : 0.f;
   }
   return poison > 0.f ? NAN : top;
+}
+
+// The numbers of the `kFineRuns` runs with the largest maxima, in any order; NaN counts as largest.
+void best_runs(const float *maxima, int64_t runs, int32_t *best) {
+  thread_local std::vector<int32_t> all;
+  all.resize(runs);
+  std::iota(all.begin(), all.end(), 0);
+  const auto key = [&](int32_t run) { return maxima[run] == maxima[run] ? maxima[run] : INFINITY; };
+  const int64_t kept = std::min(runs, kFineRuns);
+  std::nth_element(all.begin(), all.begin() + kept - 1, all.end(), [&](int32_t a, int32_t b) { return key(a) > key(b); });
+  std::copy(all.begin(), all.begin() + kept, best);
 }
 
 void unpack_any_row(const Weight &weight, int64_t row, float *out) {
@@ -190,6 +210,10 @@ extern "C" int NormLinear(int count, void **pointers, int *ranks, int64_t **shap
 // The end of a network. Inputs: 0 x f32 [T, K]; 1 logits_indices i32 [L], the tokens whose logits are wanted; 2 norm f32
 // [K + 1]; 3 weight [V, K]. Outputs: 4 logits f32 [L, V]; 5 f32 [L, ceil(V / 64)], the largest of each 64 neighbouring logits
 // (NaN if one is), from which the best tokens are found without another look at them all.
+//
+// Where tokens are quantised, their codes alone first say which runs hold a token's best logits, and only those runs are worked
+// out again with what the codes leave. Codes alone are off by a few hundredths: that can decide which token is the best, and
+// changes no token's chances that one could notice.
 extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("Head", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
@@ -212,11 +236,26 @@ extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, co
       std::memcpy(wanted + t * columns, x + indices[t] * columns, columns * sizeof(float));
     }
     static_assert(kRun == kTaskRows, "a task has a whole run");
-    multiply(prepare(wanted, norm, tokens, weight, true), tokens, weight, true,
-             [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
-               std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
-               maxima[t * runs + n / kRun] = largest(dots, rows);
-             });
+    const Tokens fine = prepare(wanted, norm, tokens, weight, true);
+    Tokens coarse = fine;
+    coarse.rests = nullptr;
+    const auto store = [&](int64_t t, int64_t n, const float *dots, int64_t rows) {
+      std::memcpy(logits + t * weight.rows + n, dots, rows * sizeof(float));
+      maxima[t * runs + n / kRun] = largest(dots, rows);
+    };
+    multiply(coarse, tokens, weight, true, store);
+    if (!fine.rests) return;
+    static std::vector<int32_t> best;  // of the runtime's one operator thread
+    const int64_t kept = std::min(runs, kFineRuns);
+    best.resize(tokens * kept);
+    auto &pool = ThreadPool::shared();
+    pool.run(tokens, [&](int64_t t) { best_runs(maxima + t * runs, runs, best.data() + t * kept); });
+    pool.run(tokens * kept, [&](int64_t task) {
+      alignas(64) float out[kTaskRows];
+      const int64_t t = task / kept, n = best[task] * kRun, rows = std::min(kRun, weight.rows - n);
+      task_dots(fine, t, 1, weight, n, rows, out);
+      store(t, n, out, rows);
+    });
   });
 }
 
