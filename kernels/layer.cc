@@ -26,45 +26,47 @@ using Operator = decltype(NormLinear);
 
 // One argument of an operator.
 struct Value {
+  static constexpr int kMostAxes = 4;
   void *data;
   const char *dtype;
-  std::vector<int64_t> shape;
+  int rank;
+  int64_t shape[kMostAxes];
 };
 
 // Argument i of the operator that is running.
 Value argument(const Arguments &a, int i) {
-  Value value{a.raw(i), a.dtype(i), {}};
-  for (int axis = 0; axis < a.rank(i); ++axis) value.shape.push_back(a.dim(i, axis));
+  require(a.rank(i) <= Value::kMostAxes, "an argument has more axes than any operator takes");
+  Value value{a.raw(i), a.dtype(i), a.rank(i), {}};
+  for (int axis = 0; axis < value.rank; ++axis) value.shape[axis] = a.dim(i, axis);
   return value;
 }
 
 // A float32 matrix in memory that all layers share.
 Value matrix(std::vector<float> &memory, int64_t rows, int64_t columns) {
-  return {room(memory, rows * columns), "float32", {rows, columns}};
+  return {room(memory, rows * columns), "float32", 2, {rows, columns}};
 }
 
 // Runs an operator; its inputs stand before its output. Throws what it complains of.
-void call(Operator *op, std::vector<Value> values) {
-  constexpr size_t kMost = 10;
-  require(values.size() <= kMost, "an operator has more arguments than there is room for");
-  void *pointers[kMost];
-  int ranks[kMost];
-  int64_t *shapes[kMost];
-  const char *dtypes[kMost];
-  for (size_t i = 0; i < values.size(); ++i) {
+template <int N>
+void call(Operator *op, Value (&&values)[N]) {
+  void *pointers[N];
+  int ranks[N];
+  int64_t *shapes[N];
+  const char *dtypes[N];
+  for (int i = 0; i < N; ++i) {
     pointers[i] = values[i].data;
-    ranks[i] = static_cast<int>(values[i].shape.size());
-    shapes[i] = values[i].shape.data();
+    ranks[i] = values[i].rank;
+    shapes[i] = values[i].shape;
     dtypes[i] = values[i].dtype;
   }
-  if (op(static_cast<int>(values.size()), pointers, ranks, shapes, dtypes, nullptr, nullptr)) throw std::invalid_argument(last_error_text());
+  if (op(N, pointers, ranks, shapes, dtypes, nullptr, nullptr)) throw std::invalid_argument(last_error_text());
 }
 
 // Zeros of that shape, in memory that all layers share: the residual of a rank that leaves it to another one.
 Value zeros(int64_t rows, int64_t columns) {
   static std::vector<float> memory;
   if (memory.size() < static_cast<size_t>(rows * columns)) memory.resize(rows * columns, 0.f);
-  return {memory.data(), "float32", {rows, columns}};
+  return {memory.data(), "float32", 2, {rows, columns}};
 }
 
 // The first argument that belongs to one layer of AttentionShare.
@@ -77,7 +79,7 @@ void attention(const Arguments &a, const Value &x, int own, int bias, int biases
   const auto in = [&](int i) { return argument(a, i); };
   const float *constants = a.data<float>(own + 2, "float32", 1);
   require(a.dim(own + 2, 0) >= 5, "constants are missing");
-  for (int i : {own + 1, 1}) require(a.rank(i) == 2, "argument " + std::to_string(i) + " must have rank 2");
+  for (int i : {own + 1, 1}) a.expect_rank(i, 2);
   require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
   const auto heads = static_cast<int64_t>(constants[2]);
   static std::vector<float> projected, attended;  // of the runtime's one operator thread
@@ -92,7 +94,7 @@ void attention(const Arguments &a, const Value &x, int own, int bias, int biases
 // Norm, gate and up, SwiGLU and down, added to `residual`. Arguments from `first` on: MLP norm f32 [N + 1]; weight of gate and
 // up [2 * I, N]; weight of down [N, I].
 void mlp(const Arguments &a, const Value &x, int first, const Value &residual, const Value &out) {
-  require(a.rank(first + 1) == 2, "argument " + std::to_string(first + 1) + " must have rank 2");
+  a.expect_rank(first + 1, 2);
   static std::vector<float> gated;
   const Value hidden = matrix(gated, x.shape[0], a.dim(first + 1, 0) / 2);
   call(NormGatedLinear, {x, argument(a, first), argument(a, first + 1), hidden});
@@ -113,12 +115,12 @@ int DecoderLayers(int count, void **pointers, int *ranks, int64_t **shapes, cons
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     constexpr int kFirst = kOwn + 1, kWeights = 7;
     require(count > kFirst, "takes 9 inputs and those of its layers");
-    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    a.expect_rank(0, 2);
     const int32_t *given = a.data<int32_t>(kOwn, "int32", 1);
     a.expect_dim(kOwn, 0, 1);
     const int layers = *given, inputs = count - kFirst - 1, each = layers > 0 ? inputs / layers : 0;
     require(each >= kWeights && each <= kWeights + 2 && each * layers == inputs,
-            std::to_string(inputs) + " inputs are not 7 to 9 for each of " + std::to_string(layers) + " layers");
+            [&] { return std::to_string(inputs) + " inputs are not 7 to 9 for each of " + std::to_string(layers) + " layers"; });
     static std::vector<float> halfway, between[2];
     const Value y = matrix(halfway, a.dim(0, 0), a.dim(0, 1));
     Value x = argument(a, 0);
@@ -139,7 +141,7 @@ int AttentionShare(int count, void **pointers, int *ranks, int64_t **shapes, con
   return guarded("AttentionShare", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     require(count >= 13 && count <= 15, "takes 12 to 14 inputs");
-    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    a.expect_rank(0, 2);
     attention(a, argument(a, 0), kOwn, kOwn + 4, count - 13, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, count - 1));
   });
 }
@@ -151,7 +153,7 @@ int MLPShare(int count, void **pointers, int *ranks, int64_t **shapes, const cha
   return guarded("MLPShare", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
     a.expect(5);
-    require(a.rank(0) == 2, "argument 0 must have rank 2");
+    a.expect_rank(0, 2);
     mlp(a, argument(a, 0), 1, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, 4));
   });
 }

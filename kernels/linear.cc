@@ -179,7 +179,8 @@ extern "C" int Embedding(int count, void **pointers, int *ranks, int64_t **shape
     for (int64_t t = 0; t < a.dim(0, 0); ++t) {
       const int64_t row = ids[t] - first;
       const bool here = row >= 0 && row < weight.rows;
-      require(here || (shared && ids[t] >= 0), "token " + std::to_string(ids[t]) + " of " + std::to_string(weight.rows));
+      require(here || (shared && ids[t] >= 0),
+              [&] { return "token " + std::to_string(ids[t]) + " of " + std::to_string(weight.rows); });
       here ? unpack_any_row(weight, row, y + t * columns) : void(std::memset(y + t * columns, 0, columns * sizeof(float)));
     }
   });
@@ -232,7 +233,8 @@ extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, co
     static std::vector<float> memory;  // of the runtime's one operator thread
     float *wanted = room(memory, tokens * columns);
     for (int64_t t = 0; t < tokens; ++t) {
-      require(indices[t] >= 0 && indices[t] < a.dim(0, 0), "token " + std::to_string(indices[t]) + " of " + std::to_string(a.dim(0, 0)));
+      require(indices[t] >= 0 && indices[t] < a.dim(0, 0),
+              [&] { return "token " + std::to_string(indices[t]) + " of " + std::to_string(a.dim(0, 0)); });
       std::memcpy(wanted + t * columns, x + indices[t] * columns, columns * sizeof(float));
     }
     static_assert(kRun == kTaskRows, "a task has a whole run");

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 struct AotExtra;  // MindSpore's own; passed along, never used here
@@ -26,8 +27,16 @@ inline int fail(const char *op, const std::string &why) {
   return 1;
 }
 
-inline void require(bool holds, const std::string &otherwise) {
-  if (!holds) throw std::invalid_argument(otherwise);
+// Throws unless something holds. `otherwise` says why: a text, or a function that makes one of numbers, which takes longer than
+// all that is checked and so happens only then.
+template <typename Text>
+inline void require(bool holds, const Text &otherwise) {
+  if (holds) return;
+  if constexpr (std::is_invocable_v<Text>) {
+    throw std::invalid_argument(otherwise());
+  } else {
+    throw std::invalid_argument(otherwise);
+  }
 }
 
 // The arguments of one call, read with their dtype and rank checked.
@@ -37,12 +46,12 @@ class Arguments {
       : count_(count), pointers_(pointers), ranks_(ranks), shapes_(shapes), dtypes_(dtypes) {}
 
   void expect(int count) const {
-    require(count_ == count, std::to_string(count_) + " arguments instead of " + std::to_string(count));
+    require(count_ == count, [&] { return std::to_string(count_) + " arguments instead of " + std::to_string(count); });
   }
   template <typename T>
   T *data(int i, const char *dtype, int rank) const {
-    require(is(i, dtype), name(i) + " is " + dtypes_[i] + " instead of " + dtype);
-    require(ranks_[i] == rank, name(i) + " has rank " + std::to_string(ranks_[i]) + " instead of " + std::to_string(rank));
+    require(is(i, dtype), [&] { return name(i) + " is " + dtypes_[i] + " instead of " + dtype; });
+    expect_rank(i, rank);
     return static_cast<T *>(pointers_[i]);
   }
   void *raw(int i) const { return pointers_[i]; }
@@ -50,9 +59,15 @@ class Arguments {
   const char *dtype(int i) const { return dtypes_[i]; }
   int rank(int i) const { return ranks_[i]; }
   int64_t dim(int i, int axis) const { return shapes_[i][axis]; }
+  void expect_rank(int i, int rank) const {
+    require(ranks_[i] == rank,
+            [&] { return name(i) + " has rank " + std::to_string(ranks_[i]) + " instead of " + std::to_string(rank); });
+  }
   void expect_dim(int i, int axis, int64_t size) const {
-    require(dim(i, axis) == size, name(i) + " has " + std::to_string(dim(i, axis)) + " instead of " +
-                                      std::to_string(size) + " on axis " + std::to_string(axis));
+    require(dim(i, axis) == size, [&] {
+      return name(i) + " has " + std::to_string(dim(i, axis)) + " instead of " + std::to_string(size) + " on axis " +
+             std::to_string(axis);
+    });
   }
 
  private:

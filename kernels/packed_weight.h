@@ -81,7 +81,7 @@ inline Weight read_weight(const Arguments &a, int i, int64_t columns) {
     return weight;
   }
   weight.data = a.data<uint8_t>(i, "uint8", 2);
-  require(columns % kBlockColumns == 0, "packed weights need inputs in blocks of 32, not " + std::to_string(columns));
+  require(columns % kBlockColumns == 0, [&] { return "packed weights need inputs in blocks of 32, not " + std::to_string(columns); });
   for (Format format : {Format::kBf16, Format::kQ8, Format::kQ4_0, Format::kQ4_1}) {
     weight.format = format;
     if (a.dim(i, 1) == weight.row_bytes()) return weight;

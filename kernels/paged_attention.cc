@@ -168,19 +168,23 @@ void check_indices(const Call &c) {
   int64_t total = 0;
   for (int64_t row = 0; row < c.rows; ++row) {
     const int64_t queries = c.query_lens[row], context = c.context_lens[row];
-    const std::string where = "row " + std::to_string(row) + ": ";
-    require(queries >= 0 && queries <= context, where + "query length " + std::to_string(queries) + " of a context of " + std::to_string(context));
+    const auto where = [&] { return "row " + std::to_string(row) + ": "; };
+    require(queries >= 0 && queries <= context, [&] {
+      return where() + "query length " + std::to_string(queries) + " of a context of " + std::to_string(context);
+    });
     const int64_t used = (context + c.block_size - 1) / c.block_size;
-    require(used <= c.table_width, where + "context does not fit its block table");
+    require(used <= c.table_width, [&] { return where() + "context does not fit its block table"; });
     for (int64_t i = 0; i < used && queries > 0; ++i) {
       const int32_t block = c.tables[row * c.table_width + i];
-      require(block >= 0 && block < c.blocks, where + "block " + std::to_string(block) + " of " + std::to_string(c.blocks));
+      require(block >= 0 && block < c.blocks,
+              [&] { return where() + "block " + std::to_string(block) + " of " + std::to_string(c.blocks); });
     }
     total += queries;
   }
-  require(total == c.tokens, "query lengths add up to " + std::to_string(total) + ", not to " + std::to_string(c.tokens));
+  require(total == c.tokens,
+          [&] { return "query lengths add up to " + std::to_string(total) + ", not to " + std::to_string(c.tokens); });
   for (int64_t t = 0; t < c.tokens; ++t)
-    require(c.slots[t] < c.blocks * c.block_size, "slot " + std::to_string(c.slots[t]) + " is beyond the cache");
+    require(c.slots[t] < c.blocks * c.block_size, [&] { return "slot " + std::to_string(c.slots[t]) + " is beyond the cache"; });
 }
 
 // Runs the call if its caches have this format.
