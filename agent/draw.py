@@ -1,11 +1,17 @@
 """One random token of each row, from the distribution that temperature, top-k, top-p, min-p and typical-p leave.
 
+A draw is a race (the Gumbel-max trick): every token has a random time of its own, made of the request's seed and the
+token's id, which is divided by its probability, and the first one wins. So where rounding changes a model's logits a
+little, as other rows in a step can make it do, hardly ever another token wins, be it the likeliest or the last of all.
+
 Rows with filters are drawn from shortlists of their best tokens that are known to hold all that the filters keep. Sums
 run along a row from its first element (``cumsum``), so they are the same to the last bit however far it is padded for
 its neighbours.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +33,7 @@ SETTINGS = np.dtype(
         ("number", np.int64),  # of the token in the answer, from 0
     ]
 )
+_STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_SHORTLIST = 64  # tokens of a row without top-k; if they do not suffice, it is tried with eight times as many
 
 
@@ -39,7 +46,6 @@ def draw(logits: Logits, rows: Places, settings: Settings) -> NDArray[np.int64]:
     largest = logits.maxima[rows].max(axis=1)
     require_numbers(largest)
     tokens = np.zeros(len(rows), np.int64)
-    uniform = uniform_numbers(settings["seed"], settings["number"])
     filtered = (settings["top_k"] > 0) | (settings["top_p"] < 1) | (settings["min_p"] > 0) | (settings["typical_p"] < 1)
     possible = largest > -np.inf  # else everything is forbidden: token 0
     for places, way in (
@@ -47,7 +53,7 @@ def draw(logits: Logits, rows: Places, settings: Settings) -> NDArray[np.int64]:
         (np.flatnonzero(possible & ~filtered), _draw_from_all),
     ):
         if places.size:
-            tokens[places] = way(logits, rows[places], largest[places], settings[places], uniform[places])
+            tokens[places] = way(logits, rows[places], largest[places], settings[places])
     return tokens
 
 
@@ -57,11 +63,20 @@ def require_numbers(largest: Floats) -> None:
         raise FloatingPointError("the logits hold NaN or infinity")
 
 
-def uniform_numbers(seeds: NDArray[np.uint64], numbers: NDArray[np.int64]) -> Doubles:
-    """Numbers in [0, 1), a pure function of seed and token number: SplitMix64 (Steele and others, 2014), scrambled."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    state = _mix(seeds + step) + (numbers.astype(np.uint64) + np.uint64(1)) * step
-    return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def race_times(settings: Settings, keys: NDArray[np.integer[Any]]) -> Doubles:
+    """When the tokens of N rows would arrive if all were equally likely: exponential random numbers ``[N, C]``.
+
+    A pure function of the seed, the token's number in the answer and the key, which is its id, or a negative number for
+    a run (keys are ``[N, C]`` or ``[C]``): SplitMix64 (Steele and others, 2014), scrambled for each of the three.
+    """
+    rows = _mix(_mix(settings["seed"] + _STEP) + _steps(settings["number"]))
+    bits = _mix(rows[:, None] + _steps(keys)) >> np.uint64(11)
+    times: Doubles = -np.log((bits.astype(np.float64) + 0.5) * 2.0**-53)
+    return times
+
+
+def _steps(numbers: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    return (numbers.astype(np.uint64) + np.uint64(1)) * _STEP
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -70,24 +85,16 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def _draw_from_all(
-    logits: Logits, rows: Places, largest: Floats, settings: Settings, uniform: Doubles
-) -> NDArray[np.int64]:
+def _draw_from_all(logits: Logits, rows: Places, largest: Floats, settings: Settings) -> NDArray[np.int64]:
     """Draw rows without filters: first the run, by the sums of all, then the token in it."""
-    each = np.arange(len(rows))
-    cumulated = np.cumsum(logits.sums(rows, largest, settings["temperature"]), axis=1, dtype=np.float64)
-    target = _target(cumulated[:, -1], uniform)
-    run = _pick(cumulated, target)
+    sums = logits.sums(rows, largest, settings["temperature"])
+    run = _first(sums, race_times(settings, -1 - np.arange(sums.shape[1])))
     first, weights = logits.runs(rows, run)
     weigh(weights, largest, settings["temperature"])
-    inside = np.cumsum(weights, axis=1, dtype=np.float64)
-    target -= np.where(run > 0, cumulated[each, run - 1], 0.0)
-    return first + _pick(inside, np.minimum(target, np.nextafter(inside[:, -1], 0)))
+    return first + _first(weights, race_times(settings, first[:, None] + np.arange(weights.shape[1])))
 
 
-def _draw_filtered(
-    logits: Logits, rows: Places, largest: Floats, settings: Settings, uniform: Doubles
-) -> NDArray[np.int64]:
+def _draw_filtered(logits: Logits, rows: Places, largest: Floats, settings: Settings) -> NDArray[np.int64]:
     """Draw rows with filters, from longer and longer shortlists until each holds all that its filters keep."""
     tokens = np.zeros(len(rows), np.int64)
     counts = _first_counts(settings, logits.values.shape[1])
@@ -104,7 +111,7 @@ def _draw_filtered(
             weights = _weights(part, largest[places], settings[places])
             total = np.where(settings["top_k"][places] > 0, np.cumsum(weights, axis=1)[:, -1], totals[places])
             too_short.append(places[~_suffices(part, weights, total, settings[places])])
-            tokens[places] = _drawn(part, weights, total, settings[places], uniform[places])
+            tokens[places] = _drawn(part, weights, total, settings[places])
         left = np.concatenate(too_short)
         counts[left] *= 8
     return tokens
@@ -134,17 +141,14 @@ def _suffices(part: Shortlists, weights: Doubles, total: Doubles, settings: Sett
     return enough
 
 
-def _drawn(
-    part: Shortlists, weights: Doubles, total: Doubles, settings: Settings, uniform: Doubles
-) -> NDArray[np.int64]:
+def _drawn(part: Shortlists, weights: Doubles, total: Doubles, settings: Settings) -> NDArray[np.int64]:
     """Filter the lists, in place, and draw."""
     _keep_top_p(weights, total, settings["top_p"])
     weights[weights < settings["min_p"][:, None]] = 0  # the best token's weight is 1
     typical = np.flatnonzero(settings["typical_p"] < 1)
     if typical.size:
         weights[typical] = _typical(weights[typical], settings["typical_p"][typical])
-    cumulated = np.cumsum(weights, axis=1)
-    drawn: NDArray[np.int64] = part.ids[np.arange(len(weights)), _pick(cumulated, _target(cumulated[:, -1], uniform))]
+    drawn: NDArray[np.int64] = part.ids[np.arange(len(weights)), _first(weights, race_times(settings, part.ids))]
     return drawn
 
 
@@ -169,11 +173,6 @@ def _typical(weights: Doubles, typical_p: Doubles) -> Doubles:
     return np.where(dropped, 0.0, weights)
 
 
-def _pick(cumulated: Doubles, target: Doubles) -> NDArray[np.int64]:
-    """Where a number below the total falls in each row of cumulated weights ``[N, C]``; never on a weight of 0."""
-    return np.asarray(np.count_nonzero(cumulated <= target[:, None], axis=1), np.int64)
-
-
-def _target(total: Doubles, uniform: Doubles) -> Doubles:
-    """The share ``uniform`` of ``total``, below ``total`` also after rounding."""
-    return np.minimum(uniform * total, np.nextafter(total, 0))
+def _first(weights: Floats | Doubles, times: Doubles) -> NDArray[np.int64]:
+    """Which one of each row arrives first, ``[N]``, when likely ones are faster: never one whose weight is 0."""
+    return np.asarray((weights / times).argmax(axis=1), np.int64)
