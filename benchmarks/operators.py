@@ -176,7 +176,7 @@ def random_cache(shape: tuple[int, ...], dtype: str) -> Array:
     return np.resize(values.view(np.uint16)[1::2] if dtype == "uint16" else values.astype(dtype), shape)
 
 
-def fastest(calls: Sequence[Call]) -> float:
+def fastest(calls: Sequence[Callable[[], object]]) -> float:
     """Seconds of one of ``calls`` when all are made in turn, in the best pass."""
 
     def all_in_turn() -> None:

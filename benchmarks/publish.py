@@ -15,7 +15,7 @@ from benchmarks.report import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
-TABLES = ("latest", "operators", "quality", "busy", "ranks", "streaming")  # in output/bench; marks in the document
+TABLES = ("latest", "steps", "operators", "onednn", "quality", "busy", "ranks", "streaming")  # marks, and output/bench
 READMES = {
     "README.md": (
         "at a time",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -21,18 +20,17 @@ import msgspec
 import numpy as np
 import psutil
 
+from agent.model_runner import ModelRunner
 from agent.placement import physical_cores
 from agent.rendezvous import Rendezvous
-from agent.step_batch import StepBatch
 from benchmarks import machine
+from benchmarks.decode_steps import decode_step, exported, seconds
 from benchmarks.report import FOLDER
-from models import export
 
 RANKS = (1, 2, 4)
 ROWS = (1, 8, 32)
 HIDDEN = 576  # of the default model: the numbers of a token that are summed
 CONTEXT = 128  # tokens of each row
-STEPS, WARM_STEPS = 40, 5
 CACHE_BYTES = 256 << 20
 HEAD = (
     "| ranks | start | rows | step | of it sums | weights of a rank | memory of a rank |\n|--:|--:|--:|--:|--:|--:|--:|"
@@ -46,14 +44,6 @@ class Measured(msgspec.Struct, frozen=True):
     steps: dict[int, float]  # seconds, by rows
     sums: dict[int, float]  # the same without what is between them; of several ranks
     memory: int  # bytes of its process, cache included
-
-
-def model(ranks: int) -> Path:
-    """The folder of the default model for so many ranks, exported unless it is there."""
-    folder = export.MODELS_FOLDER / f"{export.DEFAULT_FOLDER.name}-bfloat16{f'-tp{ranks}' if ranks > 1 else ''}"
-    options = export.ExportOptions(operators="native", weights="bfloat16", ranks=ranks)
-    export.export(export.default_checkpoint(), folder, options)
-    return folder
 
 
 async def measure(folder: Path, ranks: int) -> tuple[float, Measured]:
@@ -94,33 +84,15 @@ async def start_rank(folder: Path, rank: int, ranks: int, environment: dict[str,
 
 def run_rank(folder: Path, rank: int, threads: int) -> Measured:
     """Be one rank: time decode steps, then their sums alone."""
-    from agent.model_runner import ModelRunner  # here: it imports MindSpore, which the parent does without
-
     runner = ModelRunner(folder, rank, cache_bytes=CACHE_BYTES, cache_dtype="float16", threads=threads)
     ready = time.time()  # to load a model is to run it: that prefill and decode share a cache is tried
     steps, sums = {}, {}
     for rows in ROWS:
-        batch = decode_step(rows, runner.manifest.block_size)
+        batch = decode_step(rows, CONTEXT, runner.manifest.block_size)
         steps[rows] = seconds(partial(runner.run, batch, best_only=True))
         if runner.manifest.world_size > 1:
             sums[rows] = seconds(sums_of_a_step(rows, runner.manifest.num_layers))
     return Measured(ready, steps, sums, psutil.Process().memory_info().rss)
-
-
-def decode_step(rows: int, block_size: int) -> StepBatch:
-    """One token for each of ``rows`` rows with as many tokens before it as there are."""
-    width = -(-CONTEXT // block_size)
-    tables = np.arange(1, 1 + rows * width, dtype=np.int32).reshape(rows, width)
-    last = np.full(rows, CONTEXT - 1, np.int32)
-    return StepBatch(
-        token_ids=np.arange(100, 100 + rows, dtype=np.int32),
-        positions=last,
-        slot_mapping=tables[:, -1] * block_size + last % block_size,
-        block_tables=tables,
-        query_lens=np.ones(rows, np.int32),
-        context_lens=last + 1,
-        logits_indices=np.arange(rows, dtype=np.int32),
-    )
 
 
 def sums_of_a_step(rows: int, layers: int) -> Callable[[], object]:
@@ -143,16 +115,6 @@ def sums_of_a_step(rows: int, layers: int) -> Callable[[], object]:
     x, graph = Tensor(np.zeros((rows, HIDDEN), np.float32)), Sums()
     ms.set_context(mode=ms.GRAPH_MODE)
     return lambda: graph(x).asnumpy()
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(WARM_STEPS + STEPS):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[WARM_STEPS:])
 
 
 def lines(folder: Path, ranks: int, start: float, measured: Measured) -> list[str]:
@@ -182,7 +144,7 @@ def main() -> int:
         return 0
     table = [f"{machine.describe(machine.measure())}.", "", HEAD]
     for ranks in RANKS:
-        folder = model(ranks)
+        folder = exported("bfloat16", ranks)
         table += lines(folder, ranks, *asyncio.run(measure(folder, ranks)))
         print("\n".join(table[-len(ROWS) :]), flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
