@@ -103,5 +103,9 @@ class AgentClient:
 def attached(port: int, secret_file: Path) -> AgentClient:
     """A client that has the agent."""
     client = AgentClient(port, secret_file.read_bytes())
-    client.attach()
+    try:
+        client.attach()
+    except BaseException:
+        client.socket.close()
+        raise
     return client

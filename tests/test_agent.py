@@ -232,17 +232,17 @@ def test_too_many_strangers_are_turned_away_at_once(agent: RunningAgent) -> None
         generate(client, [prompt("hi")], 2)
         for stranger in strangers:
             stranger.close()
-    while not greeted(agent.port):  # until the agent has seen that they left: the next test's client is no stranger
+    while not admits(agent):  # until it has seen that they left: the next test's client is no stranger
         pass
 
 
-def greeted(port: int) -> bool:
-    """Whether the agent lets one more stranger in."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
-        try:
-            return stranger.recv(GREETING.size) != b""
-        except ConnectionResetError:
-            return False
+def admits(agent: RunningAgent) -> bool:
+    """Whether the agent takes one more server. Its place at the door is free again when it has answered."""
+    try:
+        with agent.attach():
+            return True
+    except (EOFError, ConnectionResetError):
+        return False
 
 
 @pytest.mark.parametrize("message", [Attach(pid=1), StepError(step_id=1, message="")])

@@ -102,8 +102,8 @@ def test_shares_of_one_rank_are_the_layer(native: NativeLibrary, tokens: int, ca
 @pytest.mark.parametrize(
     ("index", "wrong", "message"),
     [
-        (0, np.zeros(HIDDEN, np.float32), "DecoderLayers: argument 0 must have rank 2"),
-        (1, np.zeros(DIM, np.float32), "argument 1 must have rank 2"),
+        (0, np.zeros(HIDDEN, np.float32), "DecoderLayers: argument 0 has rank 1 instead of 2"),
+        (1, np.zeros(DIM, np.float32), "argument 1 has rank 1 instead of 2"),
         (2, np.full(3, 999, np.int32), "PagedAttention: slot 999 is beyond the cache"),
         (8, np.array([2], np.int32), "7 inputs are not 7 to 9 for each of 2 layers"),
         (8, np.array([-1], np.int32), "7 inputs are not 7 to 9 for each of -1 layers"),

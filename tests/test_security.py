@@ -103,9 +103,8 @@ def test_no_regular_expression_is_made_of_a_request() -> None:
 
 def test_no_code_of_a_checkpoint_is_run() -> None:
     trees_of_all = dict(trees("agent", "client", "config", "kernels", "models", "server", "benchmarks"))
-    assert not [
-        file for file, tree in trees_of_all.items() if "torch" in {name.split(".")[0] for name in imported(tree)}
-    ]
+    with_torch = {file for file, tree in trees_of_all.items() if "torch" in {n.split(".")[0] for n in imported(tree)}}
+    assert with_torch == {"benchmarks/onednn.py"}, "which multiplies random numbers and reads no file"
     keywords = {keyword.arg for tree in trees_of_all.values() for _, call in calls(tree) for keyword in call.keywords}
     assert "trust_remote_code" not in keywords
 
