@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--tokenizer", type=option(tokenizer_file), metavar="FILE", help="the model's tokenizer.json")
 
     top.add_argument(
-        "--slo", type=option(limits_of), default={}, help=f"limits in milliseconds of {', '.join(LIMITS)}: ttft:500"
+        "--slo",
+        type=option(limits_of),
+        default={},
+        help=f"limits in milliseconds of {', '.join(LIMITS)}: ttft:500,tpot:50",
     )
     top.add_argument(
         "--output", type=Path, default=serve_report.OUTPUT, help="without its ending (default: %(default)s)"
