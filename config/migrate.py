@@ -214,7 +214,7 @@ def model_section(old: OldConfig) -> tuple[dict[str, Any], list[str]]:
         "target": "ascend",
     }
     if first := old.number("serving_config.start_device_id", 0):
-        model["devices"] = list(range(first, first + len(ports)))
+        model["device_start"] = first
     host = old.text("serving_config.agent_ip")
     if host and not is_loopback(host):
         model["agent_host"] = host

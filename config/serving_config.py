@@ -20,6 +20,7 @@ import yaml
 from config.server_config import Port, Positive, PositiveSeconds, Seconds, ServerConfig, is_loopback, server_problems
 
 Target = Literal["cpu", "ascend", "standin"]
+Device = Annotated[int, msgspec.Meta(ge=0)]  # as the agents' processes see them
 Runtime = Literal["mindspore", "mindspore_lite"]
 WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "gguf"]  # of the large weights: models.weight_format
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
@@ -103,7 +104,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cache_memory: str = "1GiB"  # of each agent, for keys and values; AUTO: most of what an NPU has left
     cache_dtype: CacheDtype = "float16"  # half the memory traffic of float32, and its text but for near ties
     threads: Positive | None = None  # of each agent; None: its share of the physical cores
-    devices: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None  # one for each agent; None: 0, 1, …
+    device_start: Device | None = None  # the first agent's; the others have the next ones; None: 0, unless …
+    devices: tuple[Device, ...] | None = None  # … they are listed, one for each agent
     prompt_templates: dict[str, str] = {}  # by served name, for the /models routes
     chat_templates: dict[str, ChatTemplateName] = {}  # by served name; not listed: the exported model's own
     step_seconds: Seconds = 0.0  # stand-in only: the least time of a step
@@ -124,7 +126,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def device_ids(self) -> tuple[int, ...]:
         """The device of each agent, in the order of ``agent_ports``."""
-        return tuple(range(len(self.agent_ports))) if self.devices is None else self.devices
+        first = self.device_start or 0
+        return tuple(range(first, first + len(self.agent_ports))) if self.devices is None else self.devices
 
     @property
     def cache_bytes(self) -> int | None:
@@ -284,7 +287,7 @@ def _problems(config: ServingConfig) -> Iterator[str]:
             names[name] = f"models[{i}]"
         for device in model.device_ids if model.target == "ascend" else ():
             if device in owners:
-                yield f"models[{i}].devices: device {device} has an agent of {owners[device]} already; list others"
+                yield f"models[{i}].devices: device {device} has an agent of {owners[device]} already; choose others"
             owners[device] = f"models[{i}]"
         for port in model.agent_ports:
             owner = addresses.setdefault((model.agent_host, port), f"models[{i}].agent_ports")
@@ -329,8 +332,11 @@ def _model_problems(key: str, model: ModelConfig) -> Iterator[str]:
         yield f"{key}.standin_faults: an empty text would be in every prompt"
     if model.cache_dtype != "float16" and model.target == "standin":
         yield f"{key}.cache_dtype: the stand-in model has a cache of its own kind"
-    if model.devices is not None and model.target != "ascend":
-        yield f"{key}.devices: only models with target ascend have devices"
+    for name in ("devices", "device_start"):
+        if getattr(model, name) is not None and model.target != "ascend":
+            yield f"{key}.{name}: only models with target ascend have devices"
+    if model.devices is not None and model.device_start is not None:
+        yield f"{key}.device_start: devices are listed already; leave one of the two out"
     elif len(model.device_ids) != len(model.agent_ports):
         devices, agents = len(model.device_ids), len(model.agent_ports)
         yield f"{key}.devices: {devices} devices are not one for each of {agents} agents"

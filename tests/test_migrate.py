@@ -76,7 +76,7 @@ def test_an_old_file_becomes_a_deployment(tmp_path: Path, capsys: pytest.Capture
     config = load(target)
     [model] = config.models
     assert (model.path, model.names) == ("output/models/llama_7b", ("llama2", "internlm", "llama_7b"))
-    assert (model.agent_ports, model.devices, model.target) == ((16002,), (2,), "ascend")
+    assert (model.agent_ports, model.device_ids, model.target) == ((16002,), (2,), "ascend")
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8835)
     limits = config.limits
     assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_new_tokens) == (16, 4096, 2048)
@@ -148,7 +148,7 @@ def test_what_is_left_to_do_is_said(changes: dict[str, dict[str, Any]], step: st
 def test_what_is_exported_anew_has_the_cache_of_an_export() -> None:
     done = migrate.migrate(old(serving_config={"agent_ports": [16002, 16003]}))
     [model] = done.deployment["models"]
-    assert (model["devices"], model["cache_memory"], model["cache_dtype"]) == ([2, 3], "auto", "bfloat16")
+    assert (model["device_start"], model["cache_memory"], model["cache_dtype"]) == (2, "auto", "bfloat16")
     assert done.unknown == ()
     migrate.check(done.text("old.yaml"))
 

@@ -55,9 +55,12 @@ def test_devices_of_the_host() -> None:
         host_device(2, {VISIBLE_DEVICES: "4,6"})
 
 
-@pytest.mark.parametrize(("devices", "expected"), [(None, [0, 1, 2, 3]), ((6, 7, 2, 3), [6, 7, 2, 3])])
-def test_each_agent_has_its_device(devices: tuple[int, ...] | None, expected: list[int]) -> None:
-    one = config({"target": "ascend", "agent_ports": (1, 2, 3, 4), "data_parallel": 2, "devices": devices})
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, [0, 1, 2, 3]), ({"devices": (6, 7, 2, 3)}, [6, 7, 2, 3]), ({"device_start": 4}, [4, 5, 6, 7])],
+)
+def test_each_agent_has_its_device(chosen: dict[str, object], expected: list[int]) -> None:
+    one = config({"target": "ascend", "agent_ports": (1, 2, 3, 4), "data_parallel": 2, **chosen})
     places = [place(AgentSettings(one, 0, group, rank)) for group in range(2) for rank in range(2)]
     assert [(where.rank, where.world_size) for where in places] == [(0, 2), (1, 2)] * 2
     assert [where.device for where in places] == expected

@@ -26,6 +26,11 @@ LITE = "models: [{path: x, names: [a], agent_ports: [8, 9], target: ascend, runt
             r"models\[0\].devices: 0 devices are not one for each of 1",
         ),
         (STANDIN.replace("standin", "ascend") % ", devices: [-1]", r"models\[0\].devices"),
+        (STANDIN % ", device_start: 1", r"models\[0\].device_start: only models with target ascend"),
+        (
+            STANDIN.replace("standin", "ascend") % ", devices: [1], device_start: 1",
+            r"models\[0\].device_start: devices are listed already; leave one of the two out",
+        ),
         (
             STANDIN.replace("standin", "ascend").replace("[9]", "[8, 9]") % ", devices: [3, 3]",
             r"models\[0\].devices: device 3 has an agent of models\[0\] already",
@@ -33,7 +38,7 @@ LITE = "models: [{path: x, names: [a], agent_ports: [8, 9], target: ascend, runt
         (
             "models: [{path: x, names: [a], agent_ports: [8], target: ascend}, "
             "{path: x, names: [b], agent_ports: [9], target: ascend}]",
-            r"models\[1\].devices: device 0 has an agent of models\[0\] already; list others",
+            r"models\[1\].devices: device 0 has an agent of models\[0\] already; choose others",
         ),
         (STANDIN % ", threads: 2", r"models\[0\].threads: the stand-in"),
         (
