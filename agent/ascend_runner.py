@@ -28,7 +28,7 @@ from agent.placement import Place
 from agent.protocol import Ints
 from agent.runner import RunnerBroken
 from agent.step_batch import StepBatch
-from agent.step_padding import Phase, blank_step, doubled, grown, padded, phase_of, sizes_up_to
+from agent.step_padding import Phase, blank_steps, doubled, grown, padded, phase_of
 from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_rank
 from config.serving_config import LimitsConfig
 from models import mindir
@@ -136,18 +136,14 @@ class AscendRunner:
         return [self._new_cache(tensor, blocks) for tensor in cache_inputs(self.manifest)]
 
     def _warm_up(self, limits: LimitsConfig) -> None:
-        """Run each graph on each number of tokens that steps are padded to, the largest first, in the null block.
-
-        Of what is copied there is one size: every other is a first time when it comes.
-        """
-        blocks = doubled(-(-self.manifest.context_length // self.manifest.block_size))
+        """Run each graph on all sizes that steps are padded to, and copy blocks in all numbers, in the null block."""
+        blocks = -(-self.manifest.context_length // self.manifest.block_size)
+        rows, tokens = min(limits.max_num_seqs, limits.max_num_batched_tokens), limits.max_num_batched_tokens
         for phase in PHASES:
-            decode = phase == "decode"
-            most = min(limits.max_num_seqs, limits.max_num_batched_tokens) if decode else limits.max_num_batched_tokens
-            for tokens in reversed(list(sizes_up_to(most))):
-                if decode or tokens > 1:
-                    self.run(blank_step(phase, tokens, blocks, tokens if decode else 1))
-        self.copy_blocks(np.zeros((1, 2), np.int32))
+            for step in blank_steps(phase, rows if phase == "decode" else tokens, blocks):
+                self.run(step)
+        for power in range(doubled(rows).bit_length()):
+            self.copy_blocks(np.zeros((1 << power, 2), np.int32))
         logger.info("all sizes of steps have been run")
 
 

@@ -62,7 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0  # over prompt and answer
     frequency_penalty: float = 0.0  # over the answer
     presence_penalty: float = 0.0  # over the answer
-    seed: int = 0  # with the token's number in the answer, all the randomness there is
+    seed: int = 0  # with a token's id and its number in the answer, all the randomness there is
     min_new_tokens: int = 0  # until then, end_token_ids cannot be chosen
     end_token_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must be, as the library of config.grammar_engine takes it

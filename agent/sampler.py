@@ -3,7 +3,7 @@
 What a row's grammar does not allow is forbidden first. Then the order is that of Hugging Face: repetition, frequency
 and presence penalty, logit bias, end tokens forbidden until ``min_new_tokens`` (unless the grammar allows nothing
 else), temperature, top-k, top-p, min-p, typical-p, and the draw. Every row is worked out on its own, and its
-randomness is a function of its seed and of the token's number in the answer, so a row's token does not depend on what
+random numbers come from its seed, a token and the place in the answer alone, so a row's token does not depend on what
 else is in the batch or on how often the request was preempted.
 """
 

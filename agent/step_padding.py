@@ -52,7 +52,7 @@ def padded(batch: StepBatch) -> StepBatch:
     """
     missing = size_for(batch.token_ids.size) - batch.token_ids.size
     longest = 1 if phase_of(batch) == "decode" else PADDING_ROW
-    lengths = np.diff(np.arange(0, missing, longest, dtype=np.int32), append=np.int32(missing))
+    lengths = row_lengths(missing, longest)
     rows, tokens = batch.query_lens.size + lengths.size, batch.token_ids.size + missing
     return StepBatch(
         token_ids=grown(batch.token_ids, tokens),
@@ -70,19 +70,38 @@ def grown(array: Ints, *shape: int) -> Ints:
     return np.pad(array, [(0, size - had) for size, had in zip(shape, array.shape, strict=True)])
 
 
+def blank_steps(phase: Phase, most_tokens: int, most_blocks: int) -> Iterator[StepBatch]:
+    """Steps in which every number of tokens meets every width of block tables and every number of wanted positions.
+
+    The largest first. No operator's shape is made of all three numbers, so not every combination of them is there.
+    """
+    widths = [1 << power for power in reversed(range(doubled(most_blocks).bit_length()))]
+    for tokens in reversed(list(sizes_up_to(most_tokens))):
+        if tokens == 1 and phase != "decode":
+            continue
+        wanted = list(reversed(list(sizes_up_to(tokens))))
+        for i in range(max(len(widths), len(wanted))):
+            yield blank_step(phase, tokens, widths[i % len(widths)], wanted[i % len(wanted)])
+
+
 def blank_step(phase: Phase, tokens: int, blocks: int, wanted: int) -> StepBatch:
     """A step of a graph that touches nothing but the null block: ``tokens`` new ones, rows of ``blocks`` blocks.
 
-    What is not decode has one row, before which the chunk graph is told of one cached token.
+    No row needs more than one block; before those of the chunk graph there is one cached token.
     """
-    rows = tokens if phase == "decode" else 1
-    lengths = np.full(rows, tokens // rows, np.int32)
+    longest = 1 if phase == "decode" else PADDING_ROW - (phase == "chunk")
+    lengths = row_lengths(tokens, longest)
     return StepBatch(
         token_ids=np.zeros(tokens, np.int32),
         positions=np.zeros(tokens, np.int32),
         slot_mapping=np.zeros(tokens, np.int32),
-        block_tables=np.zeros((rows, blocks), np.int32),
+        block_tables=np.zeros((lengths.size, blocks), np.int32),
         query_lens=lengths,
         context_lens=lengths + np.int32(phase == "chunk"),
         logits_indices=np.zeros(wanted, np.int32),
     )
+
+
+def row_lengths(tokens: int, longest: int) -> Ints:
+    """So many tokens in rows of ``longest``; the last one has what is left."""
+    return np.diff(np.arange(0, tokens, longest, dtype=np.int32), append=np.int32(tokens))

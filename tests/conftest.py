@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -11,6 +12,10 @@ from native_call import NativeLibrary
 from serving_processes import Serving, eventually, serving
 
 TEMPLATES = {"internlm-chat": "internlm", "chat": "chat"}
+
+# A shell's background job ignores Ctrl-C, and so would all processes that tests start and interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

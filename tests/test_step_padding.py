@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paged_rows import Row, step
 
 from agent.step_batch import StepBatch
-from agent.step_padding import PADDING_ROW, blank_step, padded, phase_of, size_for, sizes_up_to
+from agent.step_padding import PADDING_ROW, Phase, blank_step, blank_steps, padded, phase_of, size_for, sizes_up_to
 
 BLOCK_SIZE = 16
 rows = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=9)  # new and cached tokens
@@ -59,10 +59,25 @@ def test_there_are_few_sizes() -> None:
     assert {size_for(count) for count in range(1, 513)} == set(sizes_up_to(512))
 
 
+@pytest.mark.parametrize("tokens", [2, 8, 16, 384])
 @pytest.mark.parametrize("phase", ["prefill", "chunk", "decode"])
-def test_a_blank_step_is_of_its_kind_and_size(phase: str) -> None:
-    batch = blank_step(phase, 8, 4, 2)
+def test_a_blank_step_is_of_its_kind_and_size(phase: Phase, tokens: int) -> None:
+    batch = blank_step(phase, tokens, 4, 2)
     assert phase_of(batch) == phase
-    assert padded(batch).token_ids.size == 8
+    assert padded(batch).token_ids.size == batch.query_lens.sum() == tokens
+    assert batch.context_lens.max() <= PADDING_ROW, "a row fits the narrowest table"
     assert not batch.slot_mapping.any()
     assert not batch.block_tables.any()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "chunk", "decode"])
+def test_blank_steps_have_every_size_of_a_step(phase: Phase) -> None:
+    steps = list(blank_steps(phase, 300, 5))
+    numbers = [size for size in sizes_up_to(300) if size > 1 or phase == "decode"]
+    shapes = [(one.token_ids.size, one.block_tables.shape[1], one.logits_indices.size) for one in steps]
+    assert {shape[:2] for shape in shapes} == {(tokens, width) for tokens in numbers for width in (1, 2, 4, 8)}
+    assert {shape[::2] for shape in shapes} == {(most, some) for most in numbers for some in sizes_up_to(most)}
+    assert shapes[0] == (384, 8, 384)
+    for one in steps:
+        assert padded(one).token_ids.size == one.token_ids.size
+        assert padded(one).logits_indices.size == one.logits_indices.size
