@@ -37,6 +37,7 @@ setup(
         "typing-extensions",  # what typing has since Python 3.11
         "tokenizers",
         "httpx",  # the Python client and the command line
+        "anyio",  # which httpx is made with
         "jinja2",  # chat templates, sandboxed
         "llguidance",  # structured output
         "prometheus-client",

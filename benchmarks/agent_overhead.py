@@ -37,6 +37,7 @@ from agent.protocol import (
     pack_ints,
 )
 from agent.step_batch import StepBatch
+from benchmarks.report import FOLDER
 from config.manifest import read_manifest
 from config.serving_config import LimitsConfig
 
@@ -125,7 +126,7 @@ class Server:
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure and print all, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agent_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=32, help="of a step (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=49152, help="default: %(default)s")
@@ -137,8 +138,11 @@ def main() -> int:
     arguments = parser.parse_args()
     model, server = PreparedModel(arguments.model, arguments.rows, arguments.vocabulary), Server()
     agent = Agent(model, LimitsConfig(max_num_seqs=arguments.rows), rank=0, world_size=1)
-    print(f"| {arguments.rows} rows of {arguments.context} tokens, vocabulary {arguments.vocabulary} | best | median |")
-    print("|---|---:|---:|")
+    lines = [
+        f"| {arguments.rows} rows of {arguments.context} tokens, vocabulary {arguments.vocabulary} | best | median |",
+        "|---|--:|--:|",
+    ]
+    print("\n".join(lines))
     cases = {name: [params] * arguments.rows for name, params in CASES.items()}
     for formed in (1, arguments.rows):
         cases[f"greedy, {formed} of the rows JSON"] = [JSON_ROWS] * formed + [SamplingParams()] * (
@@ -150,8 +154,11 @@ def main() -> int:
         start = msgspec.structs.replace(plan, resets=requests)
         step_seconds(agent, server, start)
         times = [step_seconds(agent, server, plan) for _ in range(arguments.steps)]
-        print(f"| {name} | {min(times) * 1e3:.2f} ms | {statistics.median(times) * 1e3:.2f} ms |")
+        lines.append(f"| {name} | {min(times) * 1e3:.2f} ms | {statistics.median(times) * 1e3:.2f} ms |")
+        print(lines[-1], flush=True)
     server.close()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "agent.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 

@@ -15,7 +15,8 @@ from benchmarks.report import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
-TABLES = ("latest", "steps", "operators", "onednn", "quality", "busy", "ranks", "streaming")  # marks, and output/bench
+# Marks in the document, each with a file in output/bench
+TABLES = ("latest", "steps", "agent", "operators", "onednn", "quality", "busy", "ranks", "streaming")
 READMES = {
     "README.md": (
         "at a time",

@@ -13,6 +13,7 @@ from socket import SHUT_RDWR, socket
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 
 from client.answers import Reader
@@ -154,7 +155,8 @@ class AsyncSession:
             chunks = response.aiter_raw()
             while True:
                 with _translated(self._server, None, seconds):
-                    data = await asyncio.wait_for(anext(chunks, None), seconds)
+                    with anyio.fail_after(seconds):  # asyncio.wait_for before 3.12 can lose a cancellation
+                        data = await anext(chunks, None)
                 if data is None:
                     reader.end()
                     return
@@ -195,7 +197,7 @@ def _translated(
     """Errors of httpx and of waiting, as ours."""
     try:
         yield
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise server.too_late(seconds) from None
     except httpx.TransportError as error:
         if watch is None or not watch.ran_out:

@@ -265,6 +265,25 @@ async def leave_asyncio(url: str, running: Callable[[], float]) -> None:
         eventually(lambda: running() == 0)
 
 
+def test_a_task_can_be_cancelled_at_any_moment(standin: Serving) -> None:
+    """Also when a token has just come, which waiting with a limit must not take for the answer to the cancellation."""
+    asyncio.run(cancel_often(standin.url))
+
+
+async def cancel_often(url: str) -> None:
+    async with AsyncMindsporeInferenceClient("llama2", url) as client:
+
+        async def listen() -> None:
+            async for _ in client.generate_stream("hi", ignore_eos=True, max_new_tokens=2000):
+                pass
+
+        for moment in range(60):
+            task = asyncio.create_task(listen())
+            asyncio.get_running_loop().call_later(0.03 + moment * 1e-3, task.cancel)
+            await asyncio.wait({task}, timeout=60)
+            assert task.cancelled(), f"cancelled after {30 + moment} ms"
+
+
 def test_the_key_goes_along_and_is_not_shown() -> None:
     with scripted(plain(200, '{"generated_text": "a"}')) as server:
         with MindsporeInferenceClient("m", server.url, token="secret-1") as client:

@@ -119,6 +119,14 @@ def test_the_text_is_shown_while_it_comes_and_followed(slow: Ui) -> None:
     slow.answer("stopped")
 
 
+def test_the_page_itself_never_scrolls(shown: Ui) -> None:
+    for _ in range(3):
+        shown.send("line\n" * 30)
+        shown.answer()
+    assert shown.page.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
+    assert shown.page.evaluate("document.querySelector('#log').scrollHeight > window.innerHeight"), "too short to tell"
+
+
 def test_what_the_server_refuses_is_said_and_can_be_tried_again(shown: Ui) -> None:
     shown.forgiven = NET_ERROR
     shown.set(max_tokens=100000)

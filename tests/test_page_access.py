@@ -68,6 +68,23 @@ def test_a_word_that_is_being_composed_is_not_sent(shown: Ui) -> None:
     expect(shown.page.locator(".message")).to_have_count(0)
 
 
+def test_escape_ends_the_input_of_a_word_and_not_the_answer(slow: Ui) -> None:
+    slow.send("hi")
+    slow.page.locator("#prompt").dispatch_event("keydown", {"key": "Escape", "isComposing": True, "bubbles": True})
+    slow.page.locator("#prompt").dispatch_event("keydown", {"key": "Enter", "keyCode": 229, "bubbles": True})
+    assert slow.answer("answering").is_visible()
+    slow.page.locator("#prompt").dispatch_event("keydown", {"key": "Escape", "bubbles": True})
+    assert slow.answer("stopped").is_visible()
+
+
+def test_a_button_that_goes_away_hands_the_focus_on(slow: Ui) -> None:
+    slow.page.locator("#prompt").fill("hi")
+    slow.page.locator("#send").press("Enter")
+    slow.page.wait_for_selector("#stop:focus")
+    slow.page.keyboard.press("Enter")
+    slow.page.wait_for_selector("#prompt:focus")
+
+
 def test_a_screen_reader_hears_an_answer_once(shown: Ui) -> None:
     said = """() => {
         window.said = [];

@@ -5,6 +5,7 @@ import { announce, byId, element, iconButton, setIcon, setLabel } from "./dom.js
 import { Figures } from "./figures.js";
 import * as history from "./history.js";
 import { KeyDialog, apiKey, forgetKey } from "./key.js";
+import { composes } from "./message.js";
 import { Monitor } from "./monitor.js";
 import { Panels } from "./panels.js";
 import { models } from "./server.js";
@@ -64,7 +65,7 @@ class App {
   /** Escape ends what is open or running; a slash goes to the message box, if nothing is being written. */
   press(event) {
     if (this.keyDialog.open) return;
-    if (event.key === "Escape") {
+    if (event.key === "Escape" && !composes(event)) {
       if (!this.panels.closeOverlay()) this.chat.stop();
     } else if (event.key === "/" && !event.target.closest("input, textarea, select")) {
       event.preventDefault();

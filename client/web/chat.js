@@ -221,8 +221,11 @@ export class Chat {
 
   showRunning() {
     const { answering } = this;
+    const pressed = answering ? byId("send") : byId("stop");
+    const focused = document.activeElement === pressed;
     byId("send").hidden = answering;
     byId("stop").hidden = !answering;
+    if (focused) (answering ? byId("stop") : this.prompt).focus(); // a button that is hidden loses it to nothing
     byId("hint").dataset.text = answering ? "prompt.stopHint" : "prompt.hint";
     byId("hint").textContent = text(byId("hint").dataset.text);
   }

@@ -55,7 +55,7 @@ export class MessageView {
     };
     const press = (event) => {
       if (sends(event)) save(event);
-      if (event.key !== "Escape") return;
+      if (event.key !== "Escape" || composes(event)) return;
       event.stopPropagation(); // it would stop an answer
       leave();
     };
@@ -107,7 +107,12 @@ export class MessageView {
 
 /** Whether a key press means to send: Enter alone, and not the one that ends the input of a Chinese word. */
 export function sends(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  return event.key === "Enter" && !event.shiftKey && !composes(event);
+}
+
+/** Whether a key press belongs to an input method. Safari says so of its last one by a key code only. */
+export function composes(event) {
+  return event.isComposing || event.keyCode === 229;
 }
 
 /** What went wrong, in the language of the page; the server's own words as they are. */
