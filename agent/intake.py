@@ -21,7 +21,7 @@ class Intake:
     def __init__(self, server: Connection, shapes: StepShapes) -> None:
         self._server = server
         self._shapes = shapes
-        self._plans: queue.SimpleQueue[tuple[StepPlan, Checked] | OSError | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[tuple[StepPlan, Checked] | Exception | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(MAX_AHEAD)
         self._closed = False
         self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
@@ -44,7 +44,7 @@ class Intake:
         """
         taken = self._plans.get()
         self._room.release()
-        if isinstance(taken, OSError):
+        if isinstance(taken, Exception):
             raise taken
         return taken
 
@@ -55,7 +55,7 @@ class Intake:
                     raise ProtocolError(f"a server sends plans, not {type(plan).__name__}")
                 self._plans.put((plan, check(plan, self._shapes)))
             self._plans.put(None)
-        except OSError as error:
+        except Exception as error:  # whatever it is: an agent that waits for a plan must hear of it
             self._plans.put(error)
 
 

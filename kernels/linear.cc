@@ -224,6 +224,7 @@ extern "C" int Head(int count, void **pointers, int *ranks, int64_t **shapes, co
     const int64_t tokens = a.dim(1, 0), columns = a.dim(0, 1);
     a.expect_dim(2, 0, columns + 1);
     const Weight weight = read_weight(a, 3, columns);
+    require(weight.rows > 0, "the vocabulary is empty");
     const int64_t runs = (weight.rows + kRun - 1) / kRun;
     float *logits = a.data<float>(4, "float32", 2), *maxima = a.data<float>(5, "float32", 2);
     a.expect_dim(4, 0, tokens);

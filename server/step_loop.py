@@ -201,10 +201,7 @@ class StepLoop:
     async def _run_steps(self) -> None:
         while True:
             try:
-                if not self._agents.connected:
-                    await self._reconnect()
-                self._send_steps()
-                await self._wait()
+                await self._go_on()
             except AgentsTaken as error:
                 self._requeue(crashed=False)
                 _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
@@ -212,14 +209,22 @@ class StepLoop:
             except AgentsLost as error:
                 self._requeue(crashed=True)
                 _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
-            except StepFailed as error:
-                _log.error("%s", error)
-                await self._retry()
             except Exception:
                 # The connection may be between two messages, so a new one is made.
                 _log.exception("a step raised")
                 await self._agents.close()
                 self._recover()
+
+    async def _go_on(self) -> None:
+        """Send what there is to run, and see to what comes; a step that failed may be the last word of its agents."""
+        try:
+            if not self._agents.connected:
+                await self._reconnect()
+            self._send_steps()
+            await self._wait()
+        except StepFailed as error:
+            _log.error("%s", error)
+            await self._retry()
 
     async def _wait(self) -> None:
         """For the oldest step, for something to do, or to hear how the agents were lost."""
@@ -276,7 +281,7 @@ class StepLoop:
 
     def _deliver(self) -> None:
         """Pass on what the step before brought. A request that ended meanwhile has no answer any more."""
-        result, now = self._undelivered, time.monotonic()
+        result, self._undelivered, now = self._undelivered, None, time.monotonic()  # once, whatever goes wrong with it
         if result is None:
             return
         for request, prompt_tokens in result.prompt_tokens():
@@ -292,7 +297,6 @@ class StepLoop:
                 self._observer.token(request, now)
                 if reason:
                     self._end(answer, reason)
-        self._undelivered = None
         self._metrics.post.observe(time.monotonic() - now)
 
     def _end(self, answer: Answer, reason: FinishReason) -> None:

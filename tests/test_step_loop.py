@@ -38,6 +38,18 @@ def test_a_step_error_ends_the_request_and_keeps_the_connection(tmp_path: Path) 
     run(tmp_path, agent, main)
 
 
+def test_a_step_error_may_be_the_last_word_of_an_agent(tmp_path: Path) -> None:
+    """As when an operator fails, after which MindSpore runs nothing any more; the next step is on its way already."""
+    error = [letters, lambda plan: StepError(step_id=plan.step_id, message="broken"), lambda plan: None]
+    agent = ScriptedAgent(replies=error)
+
+    async def main(server: LLMServer) -> None:
+        assert (await generate(server)).text == "aaaaa"
+        assert agent.connections == 2
+
+    run(tmp_path, agent, main)
+
+
 def too_few(plan: StepPlan) -> StepOutput:
     return StepOutput(step_id=plan.step_id, token_ids=b"")
 
