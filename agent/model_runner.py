@@ -7,6 +7,7 @@ from a memory budget, and nothing is copied between the phases. Where the graphs
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from agent.step_batch import StepBatch
 from config.manifest import Manifest, ManifestError, read_manifest, verify_rank
 from kernels import library
 from models import mindir
+
+logger = logging.getLogger(__name__)
 
 MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
 MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
@@ -179,6 +182,8 @@ def open_library(threads: int) -> library.Library:
             f"the model was exported with C++ operators: {error}; export it with --operators portable"
         ) from None
     opened.set_threads(threads)
+    if (tiles := opened.tiles()) in (library.Tiles.REFUSED, library.Tiles.WRONG):
+        logger.warning("%s", library.TILES[tiles])
     return opened
 
 

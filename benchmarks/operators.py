@@ -207,11 +207,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operators", description=__doc__.splitlines()[0])
     parser.add_argument("--weights", nargs="*", choices=list(WEIGHT_FORMATS), default=list(WEIGHT_FORMATS))
     parser.add_argument("--caches", nargs="*", choices=list(CACHE_FORMATS), default=list(CACHE_FORMATS))
+    parser.add_argument("--without-tiles", action="store_true", help="leave AMX alone, to see what it gains")
     arguments = parser.parse_args()
     limits = machine.measure()
     opened = library.Library(library.build())
     opened.set_threads(limits.cores)
-    lines = [f"{machine.describe(limits)}.", "", HEAD]
+    opened.use_tiles(not arguments.without_tiles)
+    lines = [f"{machine.describe(limits)}; {library.TILES[opened.tiles()]}.", "", HEAD]
     print("\n".join(lines))
     for measured in (linear_lines(opened, arguments.weights), attention_lines(opened, arguments.caches)):
         for line in measured:

@@ -93,6 +93,25 @@ inline void quantise_block(const float *x, int zero, int8_t *codes, int8_t *rest
   block.rest_start = -zero * rest_sum;
 }
 
+// What a block's numbers are, of the rows of slice s of a panel: scale * code + minimum.
+template <Format F>
+struct Scales {
+  lanes::Lanes scale, minimum;
+
+  Scales(const uint8_t *block, int s) {
+    constexpr BlockLayout layout = layout_of(F);
+    const auto *halves = reinterpret_cast<const Half *>(block + 4 * kPanelRows * layout.words) + s * lanes::kLanes;
+    scale = lanes::load(halves);
+    minimum = layout.halves > 1 ? lanes::load(halves + kPanelRows) : lanes::Lanes{};
+  }
+
+  // Adds the block's products with a token to `sum`: `dots` of their codes, and what `token_sum` its numbers add up to.
+  void add(lanes::Lanes dots, float token_scale, float token_sum, lanes::Lanes &sum) const {
+    sum += scale * token_scale * dots;
+    if constexpr (F == Format::kQ4_1) sum += minimum * token_sum;
+  }
+};
+
 template <Format F, int M, bool kRests>
 inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
   using namespace lanes;
@@ -103,19 +122,16 @@ inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token
   Lanes sums[kSlices][M] = {};
   for (int64_t b = 0; b < blocks; ++b, panel += layout.bytes * kPanelRows) {
     fetch_ahead(panel, layout.bytes);
-    const auto *halves = reinterpret_cast<const Half *>(panel + 4 * kPanelRows * layout.words);
     for (int s = 0; s < kSlices; ++s) {
       const Codes<F> codes = read_codes<F>(panel + 4 * kLanes * s);
-      const Lanes scale = load(halves + s * kLanes);
-      const Lanes minimum = layout.halves > 1 ? load(halves + kPanelRows + s * kLanes) : Lanes{};
+      const Scales<F> scales(panel, s);
       for (int m = 0; m < M; ++m) {
         const int64_t at = m * x.columns + b * kBlockColumns;
         const Tokens::Block &token = of_token[m * blocks + b];
         Lanes steps = __builtin_convertvector(dot(codes, tokens + at, token.start - Ints{}), Lanes);
         if constexpr (kRests)
           steps += __builtin_convertvector(dot(codes, rests + at, token.rest_start - Ints{}), Lanes) * (1.f / kRestSteps);
-        sums[s][m] += scale * token.scale * steps;
-        if constexpr (F == Format::kQ4_1) sums[s][m] += minimum * (kRests ? token.sum + token.rest_sum : token.sum);
+        scales.add(steps, token.scale, kRests ? token.sum + token.rest_sum : token.sum, sums[s][m]);
       }
     }
   }

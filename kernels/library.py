@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -26,6 +28,25 @@ FLAGS = (
 )  # fmt: skip
 
 
+class Tiles(IntEnum):
+    """Whether the operators use the CPU's unit for products of tiles (AMX), and why not; as in ``tile.h``."""
+
+    ABSENT = 0
+    REFUSED = 1
+    WRONG = 2
+    OFF = 3
+    USED = 4
+
+
+TILES = {
+    Tiles.ABSENT: "this CPU has no AMX",
+    Tiles.REFUSED: "the system does not grant AMX to this process; products of many tokens take longer without it",
+    Tiles.WRONG: "AMX gives wrong products here and is not used; please report this CPU",
+    Tiles.OFF: "AMX is turned off",
+    Tiles.USED: "AMX multiplies 16 tokens and more",
+}
+
+
 class BuildError(RuntimeError):
     """There is no compiler, or it failed; the message says which and what it printed."""
 
@@ -34,6 +55,15 @@ def compiler() -> str | None:
     """The C++ compiler: what ``CXX`` names, else the first one found."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@cache
+def compiler_version(command: str | None) -> str:
+    """What a compiler says of itself: after an upgrade it is another one, in the same place."""
+    if command is None:
+        return ""
+    said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    return f"{command} {said.stdout}"
 
 
 def extra_flags() -> tuple[str, ...]:
@@ -48,7 +78,8 @@ def cpu_flags() -> tuple[str, ...]:
 
 def path() -> Path:
     """Where the library of these sources, this compiler and this CPU belongs, built or not."""
-    digest = hashlib.sha256(" ".join((compiler() or "", *FLAGS, *cpu_flags(), *extra_flags(), cpu_name())).encode())
+    parts = (compiler_version(compiler()), *FLAGS, *cpu_flags(), *extra_flags(), cpu_name())
+    digest = hashlib.sha256(" ".join(parts).encode())
     for source in sources():
         digest.update(source.read_bytes())
     return FOLDER / f"libnative-{digest.hexdigest()[:16]}.so"
@@ -116,6 +147,14 @@ class Library:
         """Threads of every operator from now on."""
         self._handle.native_set_threads(ctypes.c_int(threads))
 
+    def tiles(self) -> Tiles:
+        """Whether products of many tokens use AMX."""
+        return Tiles(self._handle.native_tiles())
+
+    def use_tiles(self, on: bool) -> None:
+        """Let them, where they can, or not."""
+        self._handle.native_use_tiles(ctypes.c_int(on))
+
     def last_error(self) -> str:
         """Why the last operator failed; empty if it did not."""
         text: bytes = self._handle.native_last_error()
@@ -125,7 +164,8 @@ class Library:
 def main() -> int:
     """Build and report; 0 also where that fails, since everything runs without them."""
     try:
-        print(f"C++ operators: {build()}")  # noqa: T201
+        built = build()
+        print(f"C++ operators: {built}; {TILES[Library(built).tiles()]}")  # noqa: T201
     except BuildError as error:
         print(f"C++ operators: not built: {error}", file=sys.stderr)  # noqa: T201
         print("models will run on MindSpore's standard operators, which are several times slower", file=sys.stderr)  # noqa: T201

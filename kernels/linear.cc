@@ -9,6 +9,7 @@
 #include "block_dot.h"
 #include "float_dot.h"
 #include "thread_pool.h"
+#include "tile_dot.h"
 
 namespace native {
 namespace {
@@ -31,6 +32,7 @@ struct TokenMemory {
 Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &weight, bool finely = false) {
   static TokenMemory memory;
   const int64_t columns = weight.columns, blocks = weight.blocks();
+  const int64_t places = meet_in_tiles(weight.format, count) ? (count + kTileTokens - 1) / kTileTokens * kTileTokens : count;
   const bool bytes = NATIVE_BYTE_DOTS && weight.format != Format::kF32 && weight.format != Format::kBf16;
   const bool bfloats = NATIVE_BFLOAT_DOTS && weight.format == Format::kBf16;
   Tokens tokens;
@@ -38,10 +40,10 @@ Tokens prepare(const float *x, const float *norm, int64_t count, const Weight &w
   tokens.floats = x;
   float *normed = norm ? room(memory.floats, count * columns) : nullptr;
   if (normed) tokens.floats = normed;
-  uint16_t *rounded = bfloats ? room(memory.bfloats, count * columns) : nullptr;
-  int8_t *codes = bytes ? room(memory.codes, count * columns) : nullptr;
+  uint16_t *rounded = bfloats ? room(memory.bfloats, places * columns) : nullptr;
+  int8_t *codes = bytes ? room(memory.codes, places * columns) : nullptr;
   int8_t *rests = bytes && finely ? room(memory.rests, count * columns) : nullptr;
-  Tokens::Block *of_token = bytes ? room(memory.blocks, count * blocks) : nullptr;
+  Tokens::Block *of_token = bytes ? room(memory.blocks, places * blocks) : nullptr;
   tokens.bfloats = rounded;
   tokens.codes = codes;
   tokens.rests = rests;
@@ -79,6 +81,14 @@ void packed_rows(const Tokens &x, int64_t first, int64_t count, const Weight &we
   thread_local std::vector<uint8_t> padded;
   const uint8_t *panels[kTaskRows / kPanelRows];  // only the weight's last one may be padded
   for (int64_t n = 0; n < rows; n += kPanelRows) panels[n / kPanelRows] = weight.panel(first_row + n, padded);
+#if NATIVE_TILES && NATIVE_BYTE_DOTS
+  if constexpr (fit_tiles(F)) {
+    if (meet_in_tiles(F, count) && !x.rests) {
+      for (int64_t n = 0; n < rows; n += kPanelRows) tile_dots<F>(count, panels[n / kPanelRows], x, first, out + n, kTaskRows);
+      return;
+    }
+  }
+#endif
   constexpr int kAtOnce = tokens_at_once(F);
   for (int64_t t = 0; t < count; t += kAtOnce) {  // the tokens stay in the L1 cache while panels pass
     const int here = static_cast<int>(std::min<int64_t>(kAtOnce, count - t));

@@ -1,6 +1,7 @@
 """The C++ operators' tests once more, on libraries that are built otherwise.
 
-One watches its memory accesses and its arithmetic; one keeps to the instructions that every CPU has.
+One watches its memory accesses and its arithmetic, one keeps to the instructions that every CPU has, and one multiplies
+by tiles in ordinary arithmetic: what AMX does, as far as a CPU without it can tell.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from kernels import library
 
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 TESTS = Path(__file__).parent
-FILES = ("test_native_operators.py", "test_packed_weights.py", "test_paged_attention.py", "test_decoder_layer.py")
-PYTEST = ("-m", "pytest", "-x", "--capture=sys", "-p", "no:cacheprovider", *(str(TESTS / name) for name in FILES))
+OPERATORS = ("native_operators", "packed_weights", "paged_attention", "decoder_layer")
+PYTEST = ("-m", "pytest", "-x", "--capture=sys", "-p", "no:cacheprovider")
+ALL = tuple(str(TESTS / f"test_{name}.py") for name in OPERATORS)
+PACKED = str(TESTS / "test_packed_weights.py")  # what tiles multiply
+EMULATED = "-DNATIVE_EMULATED_TILES"
 BEYOND = """
 import numpy as np
 from native_call import NativeLibrary
@@ -26,6 +30,28 @@ x = np.ones((2, 64), dtype=np.float32)
 longer = np.lib.stride_tricks.as_strided(x, ({tokens}, 64))
 norm, weight = np.append(np.ones(64), 0).astype(np.float32), np.ones((4, 64), dtype=np.float32)
 print(NativeLibrary().call("NormLinear", [longer, norm, weight], ({tokens}, 4)).sum())
+"""
+
+TILES = """
+import sys
+import numpy as np
+from native_call import NativeLibrary
+from operator_reference import normal
+from test_packed_weights import KINDS, packed
+from kernels.library import Tiles
+native = NativeLibrary()
+if native.own.tiles() != Tiles.USED:
+    sys.exit("no tiles")
+for kind in KINDS:
+    for tokens, rows, columns in ((15, 16, 32), (16, 70, 96), (40, 64, 160), (97, 576, 576), (193, 48, 1536)):
+        norm = np.append(normal(1, columns), 1e-5).astype(np.float32)
+        arguments = [normal(2, tokens, columns), norm, packed(kind, normal(3, rows, columns))[0]]
+        results = []
+        for on in (True, False):
+            native.own.use_tiles(on)
+            results.append(native.call("NormLinear", arguments, (tokens, rows)))
+        equal, near = np.array_equal(*results), np.allclose(*results, rtol=1e-4, atol=1e-3)
+        print(kind.name, tokens, "equal" if equal else "near" if near else "different")
 """
 
 
@@ -51,6 +77,9 @@ needs_sanitizer = pytest.mark.skipif(not runtime(), reason="no C++ compiler with
 needs_x86 = pytest.mark.skipif(
     library.compiler() is None or platform.machine() != "x86_64", reason="no C++ compiler for x86"
 )
+needs_avx2 = pytest.mark.skipif(
+    library.compiler() is None or " avx2 " not in library.cpu_name(), reason="tiles are emulated on CPUs with AVX2"
+)
 
 
 def otherwise(flags: str, *arguments: str, examples: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +94,7 @@ def otherwise(flags: str, *arguments: str, examples: int = 1, **more: str) -> su
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
-def sanitized(*arguments: str, examples: int = 1) -> subprocess.CompletedProcess[str]:
+def sanitized(*arguments: str, flags: str = FLAGS, examples: int = 1) -> subprocess.CompletedProcess[str]:
     """Run Python on a sanitized library."""
     environment = {
         "LD_PRELOAD": " ".join(runtime()),
@@ -73,7 +102,7 @@ def sanitized(*arguments: str, examples: int = 1) -> subprocess.CompletedProcess
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
     }
-    return otherwise(FLAGS, *arguments, examples=examples, **environment)
+    return otherwise(flags, *arguments, examples=examples, **environment)
 
 
 @needs_sanitizer
@@ -87,12 +116,37 @@ def test_reading_beyond_a_buffer_is_seen() -> None:
 
 @needs_sanitizer
 def test_operators_stay_within_their_buffers() -> None:
-    assert_passed(sanitized(*PYTEST, examples=100))
+    assert_passed(sanitized(*PYTEST, *ALL, examples=100))
 
 
 @needs_x86
 def test_operators_do_without_the_instructions_of_newer_cpus() -> None:
-    assert_passed(otherwise("-march=x86-64", *PYTEST, examples=30))
+    assert_passed(otherwise("-march=x86-64", *PYTEST, *ALL, examples=30))
+
+
+@needs_avx2
+def test_tiles_multiply_as_everything_else_does() -> None:
+    done = otherwise(EMULATED, "-c", TILES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 20
+    assert all(line.endswith(("equal", "near") if line.startswith("BF16") else "equal") for line in lines), done.stdout
+    assert_passed(otherwise(EMULATED, *PYTEST, PACKED, examples=30))
+
+
+@needs_sanitizer
+@needs_avx2
+def test_tiles_stay_within_their_buffers() -> None:
+    assert_passed(sanitized(*PYTEST, PACKED, flags=f"{FLAGS} {EMULATED}", examples=10))
+
+
+@needs_x86
+def test_operators_are_built_for_a_cpu_with_tiles(tmp_path: Path) -> None:
+    """Nothing here can run them."""
+    assembly = tmp_path / "linear.s"
+    library.run(str(library.compiler()), "-march=sapphirerapids", "-S", library.SOURCES / "linear.cc", "-o", assembly)
+    text = assembly.read_text()
+    assert all(name in text for name in ("ldtilecfg", "tdpbsud", "tdpbf16ps", "tilerelease"))
 
 
 def assert_passed(done: subprocess.CompletedProcess[str]) -> None:
