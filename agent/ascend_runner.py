@@ -26,7 +26,7 @@ from agent.model_runner import cache_blocks
 from agent.peers import Peers
 from agent.placement import Place
 from agent.protocol import Ints
-from agent.runner import RunnerBroken
+from agent.runner import RunnerBroken, first_line
 from agent.step_batch import StepBatch
 from agent.step_padding import Phase, blank_steps, doubled, grown, padded, phase_of
 from config.manifest import GraphTensor, Manifest, ManifestError, read_manifest, verify_rank
@@ -157,7 +157,7 @@ def breaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RunnerBroken(str(error).strip().splitlines()[0]) from error
+        raise RunnerBroken(first_line(error)) from error
 
 
 def step_inputs(manifest: Manifest) -> list[GraphTensor]:

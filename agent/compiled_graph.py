@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from agent.peers import Peers
 from agent.protocol import Floats
-from agent.runner import RunnerBroken
+from agent.runner import RunnerBroken, first_line
 from config.manifest import GraphTensor, Manifest, ManifestError
 
 
@@ -78,7 +78,7 @@ def open_peers(folder: Path, manifest: Manifest, rank: int) -> Peers | None:
         try:
             gathered: Floats = compiled(Tensor.from_numpy(own)).asnumpy()
         except RuntimeError as error:
-            raise RunnerBroken(f"the other ranks are gone: {str(error).strip().splitlines()[0]}") from error
+            raise RunnerBroken(f"the other ranks are gone: {first_line(error)}") from error
         return gathered
 
     return Peers(gather, rank, manifest.world_size, manifest.vocab_size)

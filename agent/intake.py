@@ -65,4 +65,4 @@ def check(plan: StepPlan, shapes: StepShapes) -> Checked:
         batch, sampling = read_plan(plan, shapes)
     except PlanError as error:
         return error
-    return batch, sampling, step_digest(plan.step_id, batch, sampling)
+    return batch, sampling, step_digest(plan.step_id, plan.resets, batch, sampling)

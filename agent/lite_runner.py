@@ -19,7 +19,7 @@ from agent.lite_ini import own_ini, pair_gears, write_ini
 from agent.logits import Logits
 from agent.paged_inputs import CallLimits, PagedCall, Phase, paged_calls
 from agent.protocol import Floats, Ints
-from agent.runner import RunnerBroken
+from agent.runner import RunnerBroken, first_line
 from agent.step_batch import StepBatch
 from config.manifest import ManifestError, PagedPair, read_manifest, verify_rank
 from config.serving_config import LimitsConfig, ModelConfig
@@ -107,7 +107,7 @@ class LiteRunner:
         try:
             answer = self._graphs[call.phase].predict(padded, gear)
         except RuntimeError as error:
-            raise RunnerBroken(f"{call.phase} of {gear}: {str(error).strip().splitlines()[0]}") from error
+            raise RunnerBroken(f"{call.phase} of {gear}: {first_line(error)}") from error
         return padded.last_logits(answer, self.manifest.vocab_size)
 
     def _build(self, folder: Path, pair: PagedPair, config: ModelConfig, rank: int, device: int) -> None:

@@ -25,7 +25,7 @@ from agent.compiled_graph import CompiledGraph, as_tensor, open_peers, placehold
 from agent.logits import Logits
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
-from agent.runner import RunnerBroken
+from agent.runner import RunnerBroken, first_line
 from agent.step_batch import StepBatch
 from config.manifest import Manifest, ManifestError, read_manifest, verify_rank
 from kernels import library
@@ -141,7 +141,7 @@ class ModelRunner:
             arrays = [output.asnumpy() for output in outputs]
         except RuntimeError as error:
             reason = self._library.last_error() if self._library else ""
-            raise RunnerBroken(reason or str(error).strip().splitlines()[0]) from error
+            raise RunnerBroken(reason or first_line(error)) from error
         if self._library:
             return Logits(*arrays)[: batch.logits_indices.size]
         self._write_cache(batch.slot_mapping, arrays[1:])

@@ -22,7 +22,7 @@ from agent.logits import Logits
 from agent.paged_inputs import CallLimits, PagedCall, Phase, Role, paged_calls
 from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
-from agent.runner import RunnerBroken
+from agent.runner import RunnerBroken, first_line
 from agent.step_batch import PlanError, StepBatch
 from config.manifest import GraphTensor, ManifestError, PagedGraph, read_manifest, verify_files
 
@@ -111,7 +111,7 @@ class PagedPairRunner:
         try:
             return padded.last_logits(graph(padded), self.manifest.vocab_size)
         except RuntimeError as error:
-            raise RunnerBroken(str(error).strip().splitlines()[0]) from error
+            raise RunnerBroken(first_line(error)) from error
 
 
 class PairGraph:

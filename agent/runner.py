@@ -17,6 +17,11 @@ class RunnerBroken(RuntimeError):
     """A step failed in a way that no later step of this runner survives: the process has to start anew."""
 
 
+def first_line(error: Exception) -> str:
+    """What MindSpore says is wrong, without the pages that follow; its type where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 class Runner(Protocol):
     """One rank of a model with its key/value cache."""
 

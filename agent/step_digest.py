@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
+from agent.protocol import SeatReset
 from agent.step_batch import StepBatch, StepSampling
 
 DIGEST_BYTES = 16
 Digest = hashlib.blake2b
 
 
-def step_digest(step_id: int, batch: StepBatch, sampling: StepSampling) -> Digest:
-    """BLAKE2b over all numbers of a plan. The latest tokens, and then those that the step samples, are still to come.
+def step_digest(step_id: int, resets: Sequence[SeatReset], batch: StepBatch, sampling: StepSampling) -> Digest:
+    """BLAKE2b over all of a plan. The latest tokens, and then those that the step samples, are still to come.
 
     Two ranks with the same digest run the same step on the same tokens, and so pass through the same collectives.
     """
@@ -24,5 +27,5 @@ def step_digest(step_id: int, batch: StepBatch, sampling: StepSampling) -> Diges
             array = np.asarray(getattr(record, field.name), dtype="<i4")
             digest.update(repr(array.shape).encode())
             digest.update(array.tobytes())
-    digest.update(b"step %d" % step_id)
+    digest.update(msgspec.msgpack.encode((step_id, resets)))
     return digest

@@ -183,7 +183,14 @@ class AppServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM and SIGINT. Called between two bytecodes of whatever runs, so the loop does the work."""
-        asyncio.get_running_loop().call_soon_threadsafe(self.end if self._drain else self.drain)
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        """Whoever asks a second time does not want to wait."""
+        if self._drain:
+            self.end()
+        else:
+            self.drain()
 
     def drain(self, seconds: float | None = None) -> None:
         """Take no new requests, let the running ones finish within ``seconds`` (None: as configured), then end."""

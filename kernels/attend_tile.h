@@ -115,7 +115,7 @@ void attend_tile(const Call &c, const Unit &unit, const Task &task, const Partia
   const int64_t width = tile::rounded(vectors), columns = tile::rounded(c.dim);
   const auto *keys = static_cast<const Number *>(c.keys) + unit.kv_head * head;
   const auto *values = static_cast<const Number *>(c.values) + unit.kv_head * head;
-  Scratch scratch(c.dim * width + 2 * kKeys * columns + kKeys * width + vectors * columns + 4 * width);
+  Scratch scratch(c.dim * width + 2 * kKeys * columns + kKeys * width + vectors * columns + 3 * width);
   float *queries = scratch.take(c.dim * width), *k = scratch.take(kKeys * columns), *v = scratch.take(kKeys * columns);
   float *scores = scratch.take(kKeys * width), *acc = scratch.take(vectors * columns);
   float *top = scratch.take(width), *sum = scratch.take(width), *factor = scratch.take(width);

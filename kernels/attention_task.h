@@ -59,15 +59,15 @@ struct Partial {
   Partial(float *at, int64_t vectors, int64_t dim) : acc(at), top(at + vectors * dim), sum(top + vectors) {}
 };
 
-// Keys of a row that stand together in the cache: the first one's number in the row, its slot in the cache, how many there are.
+// Keys of a row that stand together in the cache: the first one's slot, how many there are.
 struct Part {
-  int64_t key, slot, count;
+  int64_t slot, count;
 };
 
 // The part that begins with key `first` and ends at `last` at the latest.
 inline Part part_at(const Call &c, int64_t row, int64_t first, int64_t last) {
   const int64_t offset = first % c.block_size, block = c.tables[row * c.table_width + first / c.block_size];
-  return {first, (c.layer * c.blocks + block) * c.block_size + offset, std::min(c.block_size - offset, last - first)};
+  return {(c.layer * c.blocks + block) * c.block_size + offset, std::min(c.block_size - offset, last - first)};
 }
 
 // Writes to `to` what acc/sum is; acc holds dim numbers.

@@ -59,7 +59,7 @@ void call(Operator *op, Value (&&values)[N]) {
     shapes[i] = values[i].shape;
     dtypes[i] = values[i].dtype;
   }
-  if (op(N, pointers, ranks, shapes, dtypes, nullptr, nullptr)) throw std::invalid_argument(last_error_text());
+  if (op(N, pointers, ranks, shapes, dtypes, nullptr, nullptr)) throw std::invalid_argument(last_error());
 }
 
 // Zeros of that shape, in memory that all layers share: the residual of a rank that leaves it to another one.

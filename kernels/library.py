@@ -144,8 +144,13 @@ class Library:
         self._handle.native_last_error.restype = ctypes.c_char_p
 
     def set_threads(self, threads: int) -> None:
-        """Threads of every operator from now on."""
-        self._handle.native_set_threads(ctypes.c_int(threads))
+        """Threads of every operator from now on.
+
+        Raises:
+            OSError: the system does not give as many.
+        """
+        if self._handle.native_set_threads(ctypes.c_int(threads)):
+            raise OSError(f"{threads} threads: {self.last_error()}")
 
     def tiles(self) -> Tiles:
         """Whether products of many tokens use AMX."""

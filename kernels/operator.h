@@ -1,10 +1,11 @@
 // What every operator of this library shares: MindSpore's calling convention, checked arguments and errors with a text.
 //
 // MindSpore calls an operator as NAME(count, pointers, ranks, shapes, dtypes, stream, extra), inputs first, outputs last. An
-// operator that finds a wrong argument returns non-zero and leaves its reason in last_error(); it never reads outside its
+// operator that finds a wrong argument returns non-zero and leaves its reason in native_last_error(); it never reads outside its
 // buffers.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -15,17 +16,13 @@
 struct AotExtra;  // MindSpore's own; passed along, never used here
 
 // MindSpore's numbers for element types, as InferType functions return them.
-enum TypeId : int { kNumberTypeFloat16 = 42, kNumberTypeFloat32 = 43 };
+enum TypeId : int { kNumberTypeFloat32 = 43 };
 
 namespace native {
 
 // Why the last operator failed; empty if it did not.
-std::string &last_error_text();
-
-inline int fail(const char *op, const std::string &why) {
-  last_error_text() = std::string(op) + ": " + why;
-  return 1;
-}
+std::string last_error();
+void set_last_error(std::string why);
 
 // Throws unless something holds. `otherwise` says why: a text, or a function that makes one of numbers, which takes longer than
 // all that is checked and so happens only then.
@@ -86,15 +83,45 @@ T *room(std::vector<T> &memory, int64_t size) {
   return memory.data();
 }
 
+// The library's memory is of one operator at a time: the runtime calls them all from one thread. An operator may call others.
+class Turn {
+ public:
+  Turn() : outermost_(depth()++ == 0) {
+    if (outermost_ && running().exchange(true)) {
+      --depth();
+      throw std::logic_error("another thread runs an operator");
+    }
+  }
+  ~Turn() {
+    --depth();
+    if (outermost_) running() = false;
+  }
+  Turn(const Turn &) = delete;
+  Turn &operator=(const Turn &) = delete;
+
+ private:
+  static std::atomic<bool> &running() {
+    static std::atomic<bool> running{false};
+    return running;
+  }
+  static int &depth() {
+    thread_local int depth = 0;
+    return depth;
+  }
+  bool outermost_;
+};
+
 // Runs an operator's body and turns what it throws into MindSpore's return code.
 template <typename Body>
 int guarded(const char *op, Body &&body) {
-  last_error_text().clear();
   try {
+    const Turn turn;
+    set_last_error({});
     body();
     return 0;
   } catch (const std::exception &error) {
-    return fail(op, error.what());
+    set_last_error(std::string(op) + ": " + error.what());
+    return 1;
   }
 }
 

@@ -33,7 +33,8 @@ void ThreadPool::resize(int threads) {
   for (auto &worker : workers_) worker.join();
   workers_.clear();
   stop_ = false;
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  workers_.reserve(threads - 1);
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });  // those that there are stay if one fails
 }
 
 // Takes the next task of `job` and does it; false when none is left or the job is over.

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from agent.protocol import Hello, StepPlan
@@ -191,31 +191,39 @@ class StepLoop:
     async def run(self) -> None:
         """Run steps for ever; cancel to stop."""
         try:
-            await self._run_steps()
+            while True:
+                await self._go_on_safely()
         except Exception:
             _log.exception("no more steps are run; restart the app")
             self._broken = True
             self._end_all()
             await self._agents.close()
+            self._changed()
 
-    async def _run_steps(self) -> None:
-        while True:
-            try:
-                await self._go_on()
-            except AgentsTaken as error:
-                self._requeue(crashed=False)
-                _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
-                await asyncio.sleep(TAKEN_SECONDS)
-            except AgentsLost as error:
-                self._requeue(crashed=True)
-                _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
-            except Exception:
-                # The connection may be between two messages, so a new one is made.
-                _log.exception("a step raised")
-                await self._agents.close()
-                self._recover()
+    async def _go_on_safely(self) -> None:
+        """Go on, and whatever goes wrong, be able to go on after it."""
+        try:
+            await self._go_on()
+        except Exception:
+            # The connection may be between two messages, so a new one is made.
+            _log.exception("a step raised")
+            await self._agents.close()
+            self._recover()
 
     async def _go_on(self) -> None:
+        """Run steps until something happens to the agents, and see to that."""
+        try:
+            while True:
+                await self._run_step()
+        except AgentsTaken as error:
+            self._requeue(crashed=False)
+            _log.error("%s; %d requests wait, next attempt in %g s", error, len(self._answers), TAKEN_SECONDS)
+            await asyncio.sleep(TAKEN_SECONDS)
+        except AgentsLost as error:
+            self._requeue(crashed=True)
+            _log.warning("agents lost: %s; %d requests wait for them", error, len(self._answers))
+
+    async def _run_step(self) -> None:
         """Send what there is to run, and see to what comes; a step that failed may be the last word of its agents."""
         try:
             if not self._agents.connected:
@@ -286,18 +294,29 @@ class StepLoop:
             return
         for request, prompt_tokens in result.prompt_tokens():
             if answer := self._answers.of(request):
-                answer.add_prompt_tokens([answer.token(*scored) for scored in prompt_tokens])
+                with self._failing_alone(answer):
+                    answer.add_prompt_tokens([answer.token(*scored) for scored in prompt_tokens])
         for request in result.failed():
             if answer := self._answers.of(request):
                 self._end(answer, "error")
                 answer.fail(GenerationFailed("what the answer must be has become too complex to go on"))
         for request, scored in result.tokens():
             if answer := self._answers.of(request):
-                reason = answer.add_token(answer.token(*scored), request.finish_reason)
-                self._observer.token(request, now)
-                if reason:
-                    self._end(answer, reason)
+                with self._failing_alone(answer):
+                    reason = answer.add_token(answer.token(*scored), request.finish_reason)
+                    self._observer.token(request, now)
+                    if reason:
+                        self._end(answer, reason)
         self._metrics.post.observe(time.monotonic() - now)
+
+    @contextlib.contextmanager
+    def _failing_alone(self, answer: Answer) -> Iterator[None]:
+        """What goes wrong with the text of one answer ends that one."""
+        try:
+            yield
+        except Exception:
+            _log.exception("request %s: its answer raised", answer.request.request_id)
+            self._fail_answers([answer.request])
 
     def _end(self, answer: Answer, reason: FinishReason) -> None:
         """End a request, for whatever reason."""

@@ -327,6 +327,15 @@ def test_ranks_agree_on_a_step_with_the_latest_tokens_before_they_run_it() -> No
     assert refused == StepError(step_id=2, message="RunnerBroken: rank 1 runs another step")
 
 
+def test_ranks_that_sample_the_same_tokens_otherwise_run_other_steps() -> None:
+    """Whether a seat wants more than the best token decides which collectives a step has."""
+    model, other = DisagreeingModel(), DisagreeingModel()
+    for runner, request in ((model, prompt("hi")), (other, prompt("hi", temperature=0.5))):
+        agent = Agent(runner, LimitsConfig(), rank=0, world_size=2)
+        assert isinstance(agent.answer(make_plan([request.row()], resets=[request.reset()])), StepOutput)
+    assert model.digests != other.digests
+
+
 def test_times_of_a_step() -> None:
     agent = Agent(ArithmeticModel(FOLDER, cache_bytes=1 << 16, step_seconds=0.1), LimitsConfig(), rank=0, world_size=1)
     request = prompt("hi")

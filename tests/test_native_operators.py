@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -58,3 +61,23 @@ def test_wrong_dtypes_and_shapes_are_named(native: NativeLibrary) -> None:
         native.call("ResidualLinear", [normal(0, 3, 5), x, weight[0]], (3, 5))
     with pytest.raises(OperatorError, match="gate row for every up row"):
         native.call("NormGatedLinear", [x, norm, weight], (3, 2))
+
+
+def test_operators_take_turns(native: NativeLibrary) -> None:
+    """Their memory is of one at a time, so a second thread is told instead of let in."""
+    x, weight = normal(1, 400, 1024), normal(2, 2048, 1024)
+    arguments = [x, np.append(normal(3, 1024), np.float32(EPS)), weight]
+    refused = threading.Event()
+
+    def run_again_and_again() -> None:
+        while not refused.is_set():
+            with contextlib.suppress(OperatorError):  # the other came first
+                native.call("NormLinear", arguments, (400, 2048))
+
+    thread = threading.Thread(target=run_again_and_again)
+    thread.start()
+    with pytest.raises(OperatorError, match="another thread runs an operator"):
+        while True:
+            native.call("NormLinear", [x[:1], arguments[1], weight[:1]], (1, 1))
+    refused.set()
+    thread.join()

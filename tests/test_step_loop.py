@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from scripted_agent import HELLO, ScriptedAgent, letters, run
 
 from agent.protocol import Message, Replaced, StepError, StepOutput, StepPlan
+from server.answer import Answer
 from server.errors import GenerationFailed, NotServing
 from server.llm_server import LLMServer
 from server.request import GenerationParams
@@ -136,7 +138,7 @@ def test_stopping_in_the_moment_in_which_work_arrives(tmp_path: Path) -> None:
     run(tmp_path, ScriptedAgent(), main)
 
 
-def broken(*_: object) -> None:
+def broken(*_: object, **__: object) -> None:
     raise RuntimeError("broken")
 
 
@@ -149,6 +151,42 @@ def test_a_scheduler_that_breaks_is_replaced(tmp_path: Path, monkeypatch: pytest
         assert (await generate(server)).text == "aaaaa"
 
     run(tmp_path, ScriptedAgent(), main)
+
+
+def test_an_answer_whose_text_raises_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = ScriptedAgent()
+    add_token = Answer.add_token
+
+    def first_raises(answer: Answer, *arguments: Any) -> Any:
+        if answer.request.request_id == "bad":
+            raise RuntimeError("broken")
+        return add_token(answer, *arguments)
+
+    monkeypatch.setattr(Answer, "add_token", first_raises)
+
+    async def main(server: LLMServer) -> None:
+        params = GenerationParams(max_new_tokens=5)
+        streams = [await server.submit("hi", params, request_id=name) for name in ("bad", "good")]
+        with pytest.raises(GenerationFailed, match="under request"):
+            await streams[0].collect()
+        assert (await streams[1].collect()).text == "aaaaa"
+        assert agent.connections == 1
+
+    run(tmp_path, agent, main)
+
+
+def test_a_loss_that_cannot_be_seen_to_costs_requests_and_not_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = ScriptedAgent(replies=[letters, lambda plan: None])
+
+    async def main(server: LLMServer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "requeue", broken)
+            await fails(server)
+        assert (await generate(server)).text == "aaaaa"
+
+    run(tmp_path, agent, main)
 
 
 def test_a_loop_that_ends_ends_its_requests_and_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
