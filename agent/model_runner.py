@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.np_dtype import bfloat16
-from numpy.typing import NDArray
 
 from agent import collective
 from agent.cache_probe import LOGIT_TOLERANCE, prove_sharing
@@ -27,14 +26,13 @@ from agent.placement import physical_cores
 from agent.protocol import Floats, Ints
 from agent.runner import RunnerBroken, first_line
 from agent.step_batch import StepBatch
+from agent.step_parts import cached_columns, fits_one_call, parts_of
 from config.manifest import Manifest, ManifestError, read_manifest, verify_rank
 from kernels import library
 from models import mindir
 
 logger = logging.getLogger(__name__)
 
-MAX_KEYS = 1 << 13  # of all rows of one token in a call of standard operators, which copy a layer's keys several times
-MAX_SCORES = 1 << 18  # of one head in a call of standard operators: 1 MB, which MindSpore holds many times a layer
 ROUNDED_TOLERANCE = 5e-2  # of the start-up proof where activations are rounded, as they are for packed weights
 
 
@@ -205,54 +203,3 @@ def load_graphs(
             graph.set_inputs(*placeholders(manifest, cache_dtype))  # without this each new shape is compiled anew
             graphs.append(graph)
     return graphs[0], graphs[1]
-
-
-def cached_columns(batch: StepBatch, block_size: int) -> Ints:
-    """The columns of the block tables that hold cached tokens; at least one, as a graph has no empty dimension."""
-    cached = int((batch.context_lens - batch.query_lens).max())
-    return batch.block_tables[:, : max(1, -(-cached // block_size))]
-
-
-def fits_one_call(batch: StepBatch, block_size: int) -> bool:
-    """Whether standard operators can take a step at once: they look from every token at every row's keys."""
-    rows, tokens = batch.query_lens.size, batch.token_ids.size
-    keys = rows * cached_columns(batch, block_size).shape[1] * block_size
-    return keys <= MAX_KEYS and tokens * (keys + tokens) <= MAX_SCORES
-
-
-def parts_of(batch: StepBatch, block_size: int) -> Iterator[tuple[StepBatch, Ints]]:
-    """The step in several: rows of one token with others of like length, every other row alone.
-
-    Each part comes with the positions of its logits among those of the whole step.
-    """
-    ends = np.cumsum(batch.query_lens)
-    longer = np.flatnonzero(batch.query_lens > 1)
-    for rows in (*rows_of_like_length(batch, block_size), *longer[:, None]):
-        tokens = np.concatenate([np.arange(ends[row] - batch.query_lens[row], ends[row]) for row in rows])
-        positions = np.flatnonzero(np.isin(batch.logits_indices, tokens))
-        yield (
-            StepBatch(
-                token_ids=batch.token_ids[tokens],
-                positions=batch.positions[tokens],
-                slot_mapping=batch.slot_mapping[tokens],
-                block_tables=batch.block_tables[rows],
-                query_lens=batch.query_lens[rows],
-                context_lens=batch.context_lens[rows],
-                logits_indices=np.searchsorted(tokens, batch.logits_indices[positions]).astype(np.int32),
-            ),
-            positions.astype(np.int32),
-        )
-
-
-def rows_of_like_length(batch: StepBatch, block_size: int) -> Iterator[NDArray[np.intp]]:
-    """The rows of one token in groups, shortest contexts first: a group is padded to its longest row."""
-    rows = np.flatnonzero(batch.query_lens == 1)
-    rows = rows[np.argsort(batch.context_lens[rows], kind="stable")]
-    first = 0
-    for i, row in enumerate(rows):
-        padded = -(-int(batch.context_lens[row]) // block_size) * block_size
-        if i > first and (i + 1 - first) * padded > MAX_KEYS:
-            yield np.sort(rows[first:i])
-            first = i
-    if rows.size:
-        yield np.sort(rows[first:])

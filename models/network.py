@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models.collectives import Share
 from models.network_config import NetworkConfig, RopeScaling
+from models.operator_set import OperatorSet
 from models.weight_map import Weights
 
 Phase = Literal["prefill", "chunk", "decode"]
@@ -39,12 +40,12 @@ class Network(nn.Cell):  # type: ignore[misc]
         self,
         config: NetworkConfig,
         weights: Weights,
-        operators: Any,
+        operators: OperatorSet,
         phase: Phase,
         block_size: int,
         share: Share | None = None,
     ) -> None:
-        """Build it from the Cells of ``operators``: ``portable``, ``native``, or an ``ascend.Operators``.
+        """Build it from the Cells of ``operators``.
 
         ``share``: this network is one rank's, and ``config`` and ``weights`` are its part of the whole's.
         """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from paged_rows import Row, step
 from tiny_checkpoints import FAMILIES, VOCAB_SIZE, write_tiny, write_tiny_gguf
 
-from agent import model_runner
+from agent import step_parts
 from agent.model_runner import ModelRunner
 from agent.runner import RunnerBroken
 from config.manifest import ManifestError
@@ -201,8 +201,8 @@ def test_a_large_step_of_standard_operators_is_done_in_parts(tmp_path: Path, mon
     calls = []
     call = runner._call
     monkeypatch.setattr(runner, "_call", lambda batch: calls.append(batch.query_lens.tolist()) or call(batch))
-    monkeypatch.setattr(model_runner, "MAX_SCORES", 0)
-    monkeypatch.setattr(model_runner, "MAX_KEYS", 2 * 2 * BLOCK_SIZE)  # two rows of up to two blocks
+    monkeypatch.setattr(step_parts, "MAX_SCORES", 0)
+    monkeypatch.setattr(step_parts, "MAX_KEYS", 2 * 2 * BLOCK_SIZE)  # two rows of up to two blocks
     for together, apart in zip(whole, logits(), strict=True):
         assert largest_difference(together, apart) < 1e-5
     assert calls == [[1], [9], [4], [1, 1], [9], [1, 1], [2]]
