@@ -98,7 +98,7 @@ class Agent:
         return self.run(plan, check(plan, self._shapes))
 
     def run(self, plan: StepPlan, checked: Checked) -> StepOutput | StepError:
-        """Run a plan that was checked. Whatever is or goes wrong with it is the answer; the agent serves on."""
+        """Run a plan that was checked. An error is an answer too, and the agent serves on."""
         taken_up = time.perf_counter()
         try:
             if isinstance(checked, PlanError):

@@ -12,7 +12,7 @@ from agent.step_digest import Digest, step_digest
 
 MAX_AHEAD = 4  # plans; a server sends one ahead, and one that sends more has to wait
 
-Checked = tuple[StepBatch, StepSampling, Digest] | PlanError  # what a plan comes to
+Checked = tuple[StepBatch, StepSampling, Digest] | PlanError  # what a plan says, or what is wrong with it
 
 
 class Intake:

@@ -120,7 +120,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     prompt_top_ids: bytes = b""  # int32 [P, prompt_top_logprobs]
     prompt_top_logprobs: bytes = b""  # float32 [P, prompt_top_logprobs]
     device_seconds: float = 0.0  # in the graph
-    step_seconds: float = 0.0  # from the plan's arrival to this answer
+    step_seconds: float = 0.0  # from when the agent took it up to this answer
 
 
 class StepError(msgspec.Struct, frozen=True, kw_only=True, tag="error"):

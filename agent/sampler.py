@@ -61,7 +61,7 @@ class Sampler:
         return bool(self._taken[seats].all())
 
     def latest(self, seats: Ints) -> Ints:
-        """The tokens that these seats have got last, ``[S]``; negative where that is none since the seat was taken."""
+        """The last token of each of these seats, ``[S]``; negative if there is none since the seat was taken."""
         latest: Ints = self._latest[seats]
         return latest
 

@@ -15,7 +15,7 @@ using lanes::kLanes;
 using lanes::Lanes;
 constexpr int kVectors = lanes::kBlock < 4 ? 3 : 4;  // query vectors that share a key's load
 constexpr int64_t kKeys = 16;                        // keys that one head after the other looks at
-constexpr int64_t kAhead = 24;                       // keys between one that is used and the one that is asked for then
+constexpr int64_t kAhead = 24;                       // prefetch distance, in keys
 static_assert(kKeys % kLanes == 0, "whole vectors of scores");
 
 // out[m][j] = q[m] . k[j] for M query vectors and kLanes keys, which stand `offset` numbers after rows[j].

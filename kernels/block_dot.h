@@ -20,7 +20,7 @@ namespace native {
 
 constexpr int kSlices = kPanelRows / lanes::kLanes;  // of a panel, each as wide as a vector
 
-// Whose sums, beside a slice of a block, fill the registers (AVX-512) or pay for unpacking it.
+// Tokens whose sums fill the registers beside a slice of a block (AVX-512), or that pay for unpacking it.
 constexpr int tokens_at_once([[maybe_unused]] Format format) {
 #if defined(__AVX512F__)
   return 16;
@@ -29,7 +29,7 @@ constexpr int tokens_at_once([[maybe_unused]] Format format) {
 #endif
 }
 
-constexpr float kRestSteps = 254.f;  // of a rest in one code's: a rest is half a code at most, and 127
+constexpr float kRestSteps = 254.f;  // a code's, in steps of a rest: a rest is half a code at most, which makes 127
 
 // The tokens of a step as one format's dot products want them.
 struct Tokens {
@@ -49,7 +49,7 @@ struct Tokens {
   const Block *blocks = nullptr;                   // [T, K / 32]
 };
 
-constexpr int kBlocksAhead = 12;  // of a panel that memory is asked for: the best of 8 to 32 where it was measured
+constexpr int kBlocksAhead = 12;  // prefetch distance: the best of 8 to 32 where it was measured
 
 // Asks for a block some way ahead, while this one's arithmetic goes on: the CPU alone does not ask early enough.
 inline void fetch_ahead(const uint8_t *block, int bytes) {

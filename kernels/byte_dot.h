@@ -42,7 +42,7 @@ constexpr uint32_t kSigns = 0x80808080u;
 constexpr uint32_t kSigns = 0;
 #endif
 
-// The number that a code of 0 stands for, before its scale, is minus this.
+// The code that stands for 0, as add_products() takes codes.
 constexpr int zero_of(Format format) { return format == Format::kQ8 && kSigns != 0 ? 0 : offset_of(format); }
 
 // The codes of kLanes rows of a block whose words of them begin at `from`; a panel's words are 16 rows apart.

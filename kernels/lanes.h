@@ -93,7 +93,7 @@ inline Ints nearest(Lanes v) {
   return __builtin_convertvector((v + kNoFraction) - kNoFraction, Ints);
 }
 
-// The lower bytes of each number.
+// The lowest byte of each number.
 inline void store_bytes(int8_t *to, Ints v) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));

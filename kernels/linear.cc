@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTokenTile = 96;  // tokens of a task
 constexpr int64_t kTaskRows = 64;   // rows of a task at most: a multiple of kPanelRows and kFloatRows
 constexpr int64_t kRun = 64;        // neighbouring logits of which the head tells the largest
-constexpr int64_t kFineRuns = 8;    // of a token, whose logits are worked out with all that is known of it
+constexpr int64_t kFineRuns = 8;    // of a token that are worked out at full precision
 
 // One operator's tokens; they belong to the runtime's one operator thread.
 struct TokenMemory {

@@ -90,7 +90,7 @@ inline Weight read_weight(const Arguments &a, int i, int64_t columns) {
                               " bytes, which is no format of " + std::to_string(columns) + " numbers");
 }
 
-// The number that a code of a format stands for, before its scale.
+// The code that stands for 0.
 constexpr int offset_of(Format format) { return format == Format::kQ8 ? 128 : format == Format::kQ4_0 ? 8 : 0; }
 
 // Where one row's block lies in a panel of `rows` rows, and what its numbers are: column by column, `stride` apart.
