@@ -211,7 +211,8 @@ def check_heads(config: NetworkConfig) -> None:
     if config.head_dim % 2 or config.head_dim > MAX_HEAD_DIM or config.num_heads > MAX_GROUP * config.num_kv_heads:
         raise CheckpointError(
             f"heads of {config.head_dim} numbers, {config.num_heads} of them on {config.num_kv_heads}: the C++ "
-            f"attention takes an even number up to {MAX_HEAD_DIM}, and {MAX_GROUP} on one; export with --operators portable"
+            f"attention takes an even number up to {MAX_HEAD_DIM}, and {MAX_GROUP} on one; export with "
+            "--operators portable"
         )
 
 

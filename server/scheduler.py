@@ -361,7 +361,10 @@ class Scheduler:
                 self.blocks.remember(request.block_table[index], keys[index])
 
     def _last_to_preempt(self) -> Request:
-        """The last in the order that may still be preempted. There is one: the row that needs a block, as reserved rows need none."""
+        """The last in the order that may still be preempted.
+
+        There is one: the row that needs a block, as reserved rows need none.
+        """
         return next(request for request in reversed(self._running) if request.num_preemptions < MAX_PREEMPTIONS)
 
     def _preempt(self, request: Request) -> None:
