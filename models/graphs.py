@@ -159,3 +159,4 @@ def write_graph(cell: nn.Cell, path: Path, *inputs: Tensor) -> None:
     split = path.with_name(f"{path.stem}_graph.mindir")
     if split.exists():
         split.rename(path)
+    path.chmod(0o644)  # MindSpore's files are for their owner alone, and who exports a model need not be who serves it

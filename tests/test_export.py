@@ -57,6 +57,10 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def test_another_user_can_serve_it(exported: Path) -> None:
+    assert {oct(path.stat().st_mode & 0o777) for path in exported.rglob("*.mindir")} == {"0o644"}
+
+
 def test_everything_is_beside_the_graphs_and_in_the_manifest(exported: Path) -> None:
     manifest = read_manifest(exported)
     assert {path.name for path in exported.iterdir()} == EVERY_FILE
