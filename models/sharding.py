@@ -153,12 +153,20 @@ def cost(config: NetworkConfig, world_size: int) -> list[str]:
     units = world_size * _units(config.intermediate_size, 0, world_size).size
     lines = []
     if all_groups > config.num_kv_heads:
-        lines.append(f"{all_groups} key/value heads in the caches of {world_size} ranks for {config.num_kv_heads}")
+        more = _more(all_groups, config.num_kv_heads)
+        heads_of_all = f"{all_groups} key/value heads in the caches of {world_size} ranks for {config.num_kv_heads}"
+        lines.append(f"{heads_of_all}, {more} cache for the same tokens")
     if all_queries > config.num_heads:
-        lines.append(f"{all_queries} query heads for {config.num_heads}")
+        more = _more(all_queries, config.num_heads)
+        lines.append(f"{all_queries} query heads for {config.num_heads}, {more} weights and work of attention")
     if units > config.intermediate_size:
-        lines.append(f"{units} MLP units for {config.intermediate_size}")
+        more = _more(units, config.intermediate_size)
+        lines.append(f"{units} MLP units for {config.intermediate_size}, {more} weights and work of the MLP")
     return lines
+
+
+def _more(needed: int, whole: int) -> str:
+    return f"{100 * (needed - whole) / whole:.0f} % more"
 
 
 def shards(whole: WeightSource, world_size: int) -> list[Shard]:

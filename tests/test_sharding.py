@@ -135,9 +135,27 @@ def test_a_vocabulary_is_not_shared_by_more_ranks_than_it_fills() -> None:
     ("groups", "queries", "units", "world_size", "lines"),
     [
         (8, 4, 512, 4, []),
-        (4, 7, 18944, 8, ["8 key/value heads in the caches of 8 ranks for 4", "32 query heads for 28"]),
-        (3, 3, 1536, 2, ["4 key/value heads in the caches of 2 ranks for 3", "12 query heads for 9"]),
-        (4, 1, 100, 2, ["128 MLP units for 100"]),
+        (
+            4,
+            7,
+            18944,
+            8,
+            [
+                "8 key/value heads in the caches of 8 ranks for 4, 100 % more cache for the same tokens",
+                "32 query heads for 28, 14 % more weights and work of attention",
+            ],
+        ),
+        (
+            3,
+            3,
+            1536,
+            2,
+            [
+                "4 key/value heads in the caches of 2 ranks for 3, 33 % more cache for the same tokens",
+                "12 query heads for 9, 33 % more weights and work of attention",
+            ],
+        ),
+        (4, 1, 100, 2, ["128 MLP units for 100, 28 % more weights and work of the MLP"]),
     ],
 )
 def test_what_does_not_divide_is_said(groups: int, queries: int, units: int, world_size: int, lines: list[str]) -> None:
