@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
             (("internlm", 1, "bfloat16"), ()),
             (("qwen2", 2, "bfloat16"), ()),
             (("qwen3", 1, "bfloat16"), ()),
-            (("internlm2", 2, "float16"), pytest.mark.slow),
+            (("internlm2", 2, "float16"), ()),
             (("internlm", 2, "bfloat16"), pytest.mark.slow),
             (("qwen3", 2, "float16"), pytest.mark.slow),
         ]
