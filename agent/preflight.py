@@ -120,11 +120,13 @@ def _port_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def _device_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    wrong: dict[str, None] = {}  # in their order; a variable that cannot be read is wrong for every device alike
     for device in model.device_ids if model.target == "ascend" else ():
         try:
             host_device(device)
         except PlacementError as error:
-            yield "devices", str(error)
+            wrong[str(error)] = None
+    yield from (("devices", problem) for problem in wrong)
 
 
 def _secret_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -129,6 +129,15 @@ def test_all_problems_of_a_deployment_are_named(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_wrong_for_every_device_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE_DEVICES, "0, 1")
+    config = tmp_path / "deployment.yaml"
+    model = {"path": "x", "names": ["a"], "agent_ports": [1, 2], "target": "ascend"}
+    config.write_text(yaml.safe_dump({"models": [model]}))
+    findings = doctor.examine(str(config), AscendHost(tmp_path, tmp_path))["deployment"]
+    assert len([one for one in findings if VISIBLE_DEVICES in one.found]) == 1
+
+
 def test_a_deployment_for_devices_needs_one(tmp_path: Path) -> None:
     config = tmp_path / "deployment.yaml"
     config.write_text(
