@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mindspore as ms
@@ -18,7 +19,7 @@ from paged_rows import Row, step
 from tiny_checkpoints import BOS, VOCAB_SIZE, write_tiny
 
 from agent.acceptance import PROOF
-from agent.ascend_runner import AscendRunner, Graphs, open_ascend_runner, step_inputs, take_device
+from agent.ascend_runner import AscendRunner, Graphs, auto_bytes, open_ascend_runner, step_inputs, take_device
 from agent.placement import Place
 from agent.runner import RunnerBroken
 from config.manifest import GraphTensor, Manifest, ManifestError, TokenizerRules, write_manifest
@@ -190,6 +191,21 @@ def test_where_there_is_no_npu_it_says_so_in_one_sentence(checkpoint: Checkpoint
     write_manifest(tmp_path, manifest_of(checkpoint))
     with pytest.raises(ManifestError, match="finds none here"):
         open_ascend_runner(tmp_path, PLACE, cache_bytes=None, cache_dtype="float32", limits=LIMITS)
+
+
+def test_auto_takes_most_of_what_the_device_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+    free = [1000, 0]
+
+    def properties(device: int, target: str) -> SimpleNamespace:
+        asked.append((device, target))
+        return SimpleNamespace(free_memory=free[len(asked) - 1])
+
+    monkeypatch.setattr(ms.hal, "get_device_properties", properties)
+    assert auto_bytes(3) == 900
+    with pytest.raises(ManifestError, match=r"^cache_memory: auto: .* write a size$"):
+        auto_bytes(3)
+    assert asked == [(3, "Ascend")] * 2
 
 
 def test_the_cache_has_the_dtype_of_the_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
