@@ -14,7 +14,7 @@ from config.manifest import TokenizerRules
 from models.byte_level_tokenizer import byte_level_tokenizer
 from models.checkpoint_error import CheckpointError
 from models.config_fields import ConfigFields
-from models.sentencepiece_tokenizer import AddedPiece, sentencepiece_tokenizer
+from models.sentencepiece_tokenizer import AddedPiece, begin_and_end, sentencepiece_tokenizer
 from models.text_files import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TextFiles, text_files, unique_ids
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -66,6 +66,7 @@ def huggingface_text(
         starts_with = _template_tokens(folder / TOKENIZER_FILE, tokenizer)
         add_bos_by_default = bool(starts_with)
     elif (folder / SENTENCEPIECE_FILE).is_file():
+        settings = {**begin_and_end(folder / SENTENCEPIECE_FILE), **settings}
         tokenizer = _sentencepiece_file(folder, settings)
         starts_with = []
         add_bos_by_default = True
@@ -187,7 +188,10 @@ def _end_tokens(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], co
     generation = _read_json(folder / GENERATION_CONFIG_FILE).get("eos_token_id")
     ids = unique_ids(named, *_ids(generation), *_ids(config.fields.get("eos_token_id")))
     if not ids:
-        raise CheckpointError(f"{folder}: names no end token in any of its files")
+        raise CheckpointError(
+            f"{folder}: names no end token in any of its files; "
+            f"put the model's {GENERATION_CONFIG_FILE} or {TOKENIZER_CONFIG_FILE} there"
+        )
     return ids
 
 

@@ -54,11 +54,7 @@ def sentencepiece_tokenizer(
     Raises:
         CheckpointError: it is no such file, or uses a rule that is not implemented.
     """
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise CheckpointError(f"{path}: is no SentencePiece model: {error}") from None
+    proto = _read(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BPE):
         raise CheckpointError(f"{path}: has SentencePiece model type {trainer.model_type}; supported: unigram and BPE")
@@ -79,6 +75,27 @@ def sentencepiece_tokenizer(
     plain = [piece.id for piece in added if not piece.special]
     add_tokens(tokenizer, pieces, special, plain)
     return tokenizer
+
+
+def begin_and_end(path: Path) -> dict[str, str]:
+    """What a ``tokenizer.model`` itself says of ``bos_token`` and ``eos_token``, by the names of Hugging Face's files.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    proto = _read(path)
+    ids = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}  # -1: it has none
+    pieces = {name: proto.pieces[i] for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+    return {name: piece.piece for name, piece in pieces.items() if piece.type == PieceType.CONTROL}
+
+
+def _read(path: Path) -> Any:
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise CheckpointError(f"{path}: is no SentencePiece model: {error}") from None
+    return proto
 
 
 def bpe_tokenizer(

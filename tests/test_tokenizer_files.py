@@ -27,8 +27,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from models.config_fields import ConfigFields
 from models.gguf_file import GGUFFile
 from models.gguf_tokenizer import gguf_text
+from models.huggingface_text import huggingface_text
 from models.text_files import TextFiles
 
 TEXTS = [
@@ -189,6 +191,15 @@ def test_sentencepiece_ids(
 ) -> None:
     reference, text = sentencepiece_case
     assert ids(text, prompt) == reference.encode(prompt)
+
+
+def test_a_sentencepiece_model_alone_names_its_begin_and_end(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train(**SENTENCEPIECE_MODELS["llama"]))
+    rules = huggingface_text(tmp_path, ConfigFields(tmp_path, {}), VOCAB_SIZE).rules
+    assert (rules.bos_token_id, rules.add_bos, rules.eos_token_ids) == (1, True, (2,))
+    (tmp_path / "tokenizer.model").write_bytes(train(**SENTENCEPIECE_MODELS["llama"], bos_id=-1, eos_id=-1))
+    with pytest.raises(CheckpointError, match=r"names no end token in any of its files; put .*generation_config"):
+        huggingface_text(tmp_path, ConfigFields(tmp_path, {}), VOCAB_SIZE)
 
 
 def test_sentencepiece_rules_and_text(tmp_path: Path) -> None:
