@@ -1,16 +1,19 @@
-"""A tiny model on one agent and on two ranks, side by side in one deployment: they write the same texts."""
+"""A tiny model on one agent, on two ranks, and on two groups of two ranks: they write the same texts."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from default_model import PROMPTS
 from golden_text import metric
-from serving_processes import Serving, eventually, serving
+from serving_processes import START_SECONDS, Serving, eventually, serving
 from tiny_checkpoints import write_tiny
 
 from config.free_ports import free_ports
@@ -61,6 +64,36 @@ def test_a_client_that_leaves_frees_its_blocks_on_both_ranks(deployment: Serving
         next(response.iter_raw())
     eventually(lambda: metric(deployment, "kv_cache_usage_perc") == 0)
     assert ask(deployment, ON_TWO, "again") == before
+
+
+def members(deployment: Serving) -> dict[str, set[int]]:
+    """The processes of each group, by the port at which its ranks meet."""
+    assert deployment.agents is not None
+    found: dict[str, set[int]] = defaultdict(set)
+    for process in deployment.agents.children():
+        found[process.environ()["MS_SCHED_PORT"]].add(process.pid)
+    return found
+
+
+@pytest.mark.slow
+def test_each_group_of_ranks_has_a_collective_of_its_own(deployment: Serving, tmp_path: Path) -> None:
+    """One of them is lost under load: it is started again alone, and no answer changes."""
+    model = {
+        "path": str(deployment.config_path.parent / ON_TWO), "names": [ON_TWO], "target": "cpu", "data_parallel": 2,
+        "agent_ports": free_ports(4), "cache_memory": "16MiB", "cache_dtype": "float32",
+    }  # fmt: skip
+    prompts = [prompt[:60] for prompt in PROMPTS[:8]]
+    with serving(tmp_path, [model]) as two, ThreadPoolExecutor(len(prompts)) as threads:
+        assert two.agents is not None
+        two.agents.wait_for("all agents started")
+        (_, kept), (_, lost) = members(two).items()
+        assert (len(kept), len(lost)) == (3, 3)  # two ranks and where they meet
+        answers = threads.map(lambda prompt: ask(two, ON_TWO, prompt), prompts)
+        psutil.Process(max(lost)).kill()
+        assert list(answers) == [ask(deployment, ON_TWO, prompt) for prompt in prompts]
+        eventually(lambda: two.agents is not None and two.agents.output.count(" is ready: ") == 4 + 2, START_SECONDS)
+        assert kept in members(two).values()
+        assert lost.isdisjoint(set().union(*members(two).values()))
 
 
 def test_ranks_share_the_weights(deployment: Serving) -> None:
