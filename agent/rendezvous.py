@@ -7,6 +7,7 @@ same, as MindSpore has no way to leave it in order, so its loss is taken like th
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 from agent.child_process import ChildProcess, spawn
@@ -19,6 +20,9 @@ JOIN_SECONDS = 600  # for all ranks to be there; each checks its files first, an
 # altogether, MS_DISABLE_HEARTBEAT, version 2.10 was once seen to crash while a rank joined.)
 PATIENT = ("MS_NODE_TIMEOUT", "MS_HEARTBEAT_RETRY_TIMEOUT", "MS_CPU_COMM_OP_TIMEOUT")
 PATIENCE_SECONDS = 3600
+# For links of HCCL, which may be made no earlier than a first graph runs: ranks load and compile before, some of them
+# slower than others, and its own 120 s are short
+HCCL_TIMEOUT = "HCCL_CONNECT_TIMEOUT"
 
 
 class Rendezvous(ChildProcess):
@@ -56,5 +60,6 @@ def shared_environment(world_size: int, port: int) -> dict[str, str]:
         "MS_TOPO_TIMEOUT": str(JOIN_SECONDS),
         "MS_RETRY_INTERVAL_LOWER": "1",  # seconds between two attempts to reach it, 3 to 5 otherwise
         "MS_RETRY_INTERVAL_UPPER": "1",
+        HCCL_TIMEOUT: os.environ.get(HCCL_TIMEOUT, str(JOIN_SECONDS)),
         **dict.fromkeys(PATIENT, str(PATIENCE_SECONDS)),
     }

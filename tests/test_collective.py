@@ -95,6 +95,13 @@ def test_ranks_meet_and_compute_together(graph: Path, tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), SECONDS))
 
 
+def test_hccl_waits_as_long_as_ranks_may_take_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HCCL_CONNECT_TIMEOUT", raising=False)
+    assert shared_environment(RANKS, 1)["HCCL_CONNECT_TIMEOUT"] == str(rendezvous.JOIN_SECONDS)
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "1200")
+    assert shared_environment(RANKS, 1)["HCCL_CONNECT_TIMEOUT"] == "1200"
+
+
 def test_a_rank_that_waits_for_the_others_too_long_says_so(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
