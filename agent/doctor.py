@@ -95,7 +95,7 @@ def as_text(report: Report) -> Iterator[str]:
 def accept(report: Report, host: AscendHost) -> bool:
     """Run the whole chain and write its report: whether no stage failed."""
     target: Target = "ascend" if host.present() else "cpu"
-    devices = len(host.device_nodes()) if target == "ascend" else None
+    devices = len(doctor_environment.shown(host.device_nodes())) if target == "ascend" else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is being tried is stopped on the way
     stages = []
     for stage in Acceptance(target, ACCEPTANCE, devices).run():

@@ -143,6 +143,15 @@ def listed_devices(devices: list[int]) -> Iterator[Finding]:
         yield ok(VISIBLE_DEVICES, value)
 
 
+def shown(nodes: list[int]) -> list[int]:
+    """As many of the device files as processes may use devices, whose numbers in a container are others."""
+    try:
+        value = os.environ.get(VISIBLE_DEVICES)
+        return nodes if value is None else nodes[: len(visible_devices(value))]
+    except PlacementError:
+        return nodes
+
+
 def visible(devices: list[int]) -> list[int]:
     """Those of ``devices`` that processes may use; what cannot be read has a finding of its own."""
     try:

@@ -280,6 +280,15 @@ def test_lists_of_devices_that_cann_would_misread(value: str, monkeypatch: pytes
     assert doctor.worst(doctor_environment.listed_devices([0, 1, 2, 3])) == "error"
 
 
+@pytest.mark.parametrize(("value", "count"), [(None, 3), ("5", 1), ("0,1,2,3", 3), ("0, 1", 3)])
+def test_an_acceptance_takes_the_devices_that_processes_may_use(
+    value: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is not None:
+        monkeypatch.setenv(VISIBLE_DEVICES, value)
+    assert len(doctor_environment.shown([4, 5, 6])) == count
+
+
 def table(**changes: Any) -> dict[str, Any]:
     devices = [{"device_id": str(i), "device_ip": f"192.1.0.{i}", "rank_id": str(i)} for i in range(2)]
     server = {"server_id": "10.0.0.1", "device": devices, "host_nic_ip": "reserve"}
