@@ -1,12 +1,13 @@
 """What a call to a server can end with instead of an answer::
 
     ClientError                      message, status, field, request_id
+    ├── ClientClosed                 ``close`` came before, or meanwhile
     ├── NoConnection                 nobody answers there, or not who the certificate should name; nothing was generated
     ├── TimedOut                     connected, but nothing came in time
     ├── BrokenAnswer                 what came is no answer, or ended before its end
     ├── GenerationError     424 5xx  the request was accepted and could not be finished
     └── Refused             4xx 503  nothing was generated
-        ├── InvalidRequest  400 413 415 422 431   ``field`` names what cannot be used
+        ├── InvalidRequest  400 413 415 422 431   ``field`` names what cannot be used; without status: cannot be sent
         ├── NotAuthorized   401 403  the API key is missing or wrong
         ├── NotFound        404 405  no such model, or no such route
         ├── Overloaded      429      the queue is full; come back after ``retry_after`` seconds
@@ -19,10 +20,7 @@ request's field that is to blame, or None. ``request_id`` finds the request in t
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Mapping
-
-import httpx
 
 MAX_MESSAGE_CHARACTERS = 2000  # of an error: it may come from anybody
 
@@ -38,6 +36,10 @@ class ClientError(Exception):
         self.status = status
         self.field = field
         self.request_id = request_id
+
+
+class ClientClosed(ClientError):
+    pass
 
 
 class NoConnection(ClientError):
@@ -104,24 +106,6 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> ClientError
     if isinstance(error, Refused) and seconds.isascii() and seconds.isdecimal():
         error.retry_after = float(seconds)
     return error
-
-
-def transport_error(error: httpx.TransportError, url: str) -> ClientError:
-    """Our name for what went wrong between the two ends."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        found = NoConnection(f"no connection to {url}: {text}")
-        found.lasting = _is_about_tls(error)
-        return found
-    if isinstance(error, httpx.TimeoutException):
-        return TimedOut(f"{url} did not answer in time")
-    return BrokenAnswer(f"the connection to {url} broke: {text}")
-
-
-def _is_about_tls(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, ssl.SSLError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _message(body: bytes) -> tuple[str, str | None]:

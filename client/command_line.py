@@ -18,9 +18,10 @@ import msgspec
 
 from client.client_errors import ClientError
 from client.conversation import Conversation
-from client.http_session import Server, Session
+from client.http_session import Session
 from client.inference_client import MindsporeInferenceClient, Parameters
 from client.patience import TIMEOUTS, Retries, Timeouts
+from client.remote_server import Server
 from client.server_status import read_status, served_names
 from client.terminal import lines_of_input, nobody_reads, prepare, say, write_json, write_line, write_text
 

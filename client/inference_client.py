@@ -21,8 +21,9 @@ from typing_extensions import Self, Unpack
 
 from client.answers import AnswerLines, Details, DetailToken, Response, StreamResponse, Token, decode
 from client.client_errors import ClientError
-from client.http_session import AsyncSession, Server, Session
+from client.http_session import AsyncSession, Session
 from client.patience import RETRIES, TIMEOUTS, Retries, Timeouts
+from client.remote_server import Server
 
 __all__ = [
     "AsyncMindsporeInferenceClient",
@@ -78,7 +79,7 @@ class MindsporeInferenceClient:
         ``ca`` a file of certificates to trust instead of the usual ones.
 
         Raises:
-            ValueError: the URL or the key cannot be used.
+            ValueError: the name, the URL, the key or a time cannot be used.
             OSError: the certificates cannot be read.
         """
         self._path = _path(model_type)
@@ -163,6 +164,11 @@ class AsyncMindsporeInferenceClient:
 
 
 def _path(model_type: str) -> str:
+    """The model's routes. Which names are served only the server knows, but none has the form of other paths."""
+    if not model_type.strip() or not model_type.isprintable() or "/" in model_type or model_type in (".", ".."):
+        raise ValueError(
+            f"model_type {model_type!r} is no served name, such as 'llama2': one has printable characters and no slash"
+        )
     return f"/models/{quote(model_type, safe='')}"
 
 

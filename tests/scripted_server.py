@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 STALL = b"(stall)"  # in a script: nothing more comes until the client has left
+PAUSE, PAUSE_SECONDS = b"(pause)", 0.2  # in a script: nothing comes for so long
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ class ScriptedServer:
                             connection.recv(1)
                         self.left.set()
                         return
-                    connection.sendall(part)
+                    if part == PAUSE:
+                        time.sleep(PAUSE_SECONDS)
+                    else:
+                        connection.sendall(part)
                 if not script[-1].endswith(b"0\r\n\r\n") and b"Content-Length" not in script[0]:
                     return
 
@@ -89,12 +94,17 @@ def plain(status: int, body: str, *headers: str) -> list[bytes]:
 
 
 def stream(*events: object, end: bytes = b"0\r\n\r\n") -> list[bytes]:
-    """A stream of ``data:`` events, each a chunk; strings stand as they are."""
-    texts = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
-    chunks = (f"data: {text}\n\n".encode() for text in texts)
+    """A stream of ``data:`` events, each a chunk; strings stand as they are, and so does ``PAUSE``."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    parts = [head, *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)]
-    return [*parts, end]
+    return [head, *map(_chunk, events), end]
+
+
+def _chunk(event: object) -> bytes:
+    if event == PAUSE:
+        return PAUSE
+    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
+    data = f"data: {text}\n\n".encode()
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def self_signed(folder: Path) -> tuple[Path, ssl.SSLContext]:

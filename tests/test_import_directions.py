@@ -54,9 +54,12 @@ CLIENT = (
     "client/client_errors.py",
     "client/command_line.py",
     "client/conversation.py",
+    "client/http_call.py",
     "client/http_session.py",
     "client/inference_client.py",
+    "client/json_request.py",
     "client/patience.py",
+    "client/remote_server.py",
     "client/server_status.py",
     "client/terminal.py",
 )

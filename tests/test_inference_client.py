@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from client_streams import AT_ONCE, both, step, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_server import STALL, plain, scripted, self_signed, stream
@@ -32,43 +32,11 @@ from client.client_errors import (
     Overloaded,
     TimedOut,
 )
-from client.http_session import Server, Session
+from client.http_session import Session
 from client.patience import Retries, Timeouts
+from client.remote_server import Server
 from client.server_status import read_status
 from config.free_ports import free_ports
-
-AT_ONCE = Retries(longest_wait=0.1, first_wait=0.0)
-
-
-def step(text: str) -> dict[str, Any]:
-    return {"token": {"text": text, "index": 1}}
-
-
-def sync_stream(url: str, name: str = "llama2", seen: list[StreamResponse] | None = None, **given: Any) -> None:
-    settings = {key: given.pop(key) for key in ("timeout", "retries", "token", "ca") if key in given}
-    with MindsporeInferenceClient(name, url, **settings) as client:
-        for one in client.generate_stream("hi", **given):
-            if seen is not None:
-                seen.append(one)
-
-
-def async_stream(url: str, name: str = "llama2", seen: list[StreamResponse] | None = None, **given: Any) -> None:
-    settings = {key: given.pop(key) for key in ("timeout", "retries", "token", "ca") if key in given}
-
-    async def read() -> None:
-        async with AsyncMindsporeInferenceClient(name, url, **settings) as client:
-            async for one in client.generate_stream("hi", **given):
-                if seen is not None:
-                    seen.append(one)
-
-    asyncio.run(read())
-
-
-both = pytest.mark.parametrize("streamed", [sync_stream, async_stream], ids=["sync", "async"])
-
-
-def texts(steps: Sequence[StreamResponse]) -> str:
-    return "".join(one.token.text for one in steps if one.token)
 
 
 @pytest.mark.parametrize("prompt", ["hi", "你好,世界 🙂"])
@@ -122,7 +90,7 @@ def test_a_refusal_has_its_type_status_and_field(standin: Serving, streamed: Cal
         streamed(standin.url, max_tokens=5)
     with pytest.raises(NotFound, match="llama2, internlm"):
         streamed(standin.url, name="gpt 4?")
-    with pytest.raises(NoConnection):
+    with pytest.raises(NoConnection, match="Connection refused"):
         streamed(f"http://127.0.0.1:{free_ports(1)[0]}", retries=Retries(times=1, first_wait=0.0))
 
 
@@ -195,49 +163,6 @@ def test_an_answer_that_has_begun_is_not_asked_for_again(
         assert len(server.requests) == 1
 
 
-@both
-@pytest.mark.parametrize(
-    ("timeouts", "script", "text"),
-    [
-        (Timeouts(first_token=0.05), [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", STALL], ""),
-        (Timeouts(first_token=0.05, between_tokens=0.05), [STALL], ""),
-        (Timeouts(between_tokens=0.05), [*stream(step("a"), end=STALL)], "a"),
-        (Timeouts(first_token=30.0, between_tokens=0.05), [*stream(step("a"), end=STALL)], "a"),
-    ],
-    ids=["first", "head", "between", "both"],
-)
-def test_a_server_that_stalls_is_given_up(
-    streamed: Callable[..., None], timeouts: Timeouts, script: list[bytes], text: str
-) -> None:
-    seen: list[StreamResponse] = []
-    with scripted(script) as server:
-        with pytest.raises(TimedOut):
-            streamed(server.url, seen=seen, timeout=timeouts)
-        assert texts(seen) == text
-        assert server.left.wait(20)
-        assert len(server.requests) == 1
-
-
-def test_an_answer_in_one_piece_has_its_own_time() -> None:
-    with (
-        scripted([STALL]) as server,
-        MindsporeInferenceClient("m", server.url, timeout=Timeouts(answer=0.05)) as client,
-    ):
-        with pytest.raises(TimedOut):
-            client.generate("hi")
-        assert server.left.wait(20)
-
-
-def test_a_reader_that_takes_its_time_is_not_a_server_that_stalls() -> None:
-    at_once = b"".join(stream(step("a"), step("b"), {"generated_text": "ab"}))
-    with scripted([at_once]) as server:
-        client = MindsporeInferenceClient("m", server.url, timeout=Timeouts(first_token=30.0, between_tokens=0.05))
-        with client, contextlib.closing(client.generate_stream("hi")) as steps:
-            next(steps)
-            assert not server.left.wait(0.2)  # longer than any token may take
-            assert texts(list(steps)) == "b"
-
-
 def test_a_stream_that_is_closed_frees_its_request(slow_standin: Serving) -> None:
     looking = Session(Server(slow_standin.url))
 
@@ -295,11 +220,53 @@ def test_the_key_goes_along_and_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "key"), [("127.0.0.1:9811", None), ("ftp://test", None), ("http://test:x", None), ("http://test", "a\nb")]
+    ("url", "key"),
+    [
+        ("127.0.0.1:9811", None),
+        ("ftp://test", None),
+        ("http://test:x", None),
+        ("http://test", "a\nb"),
+        ("http://test\n", None),
+        ("http://" + "a" * 64, None),
+        ("http://test/?a", None),
+    ],
 )
 def test_what_cannot_be_used_is_said_at_once(url: str, key: str | None) -> None:
     with pytest.raises(ValueError, match=r"URL|ASCII|[Pp]ort"):
         MindsporeInferenceClient("m", url, key)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a/b", "..", "llama2\n", "\ud800"])
+def test_what_can_be_no_served_name_is_refused_at_once(name: str) -> None:
+    for kind in (MindsporeInferenceClient, AsyncMindsporeInferenceClient):
+        with pytest.raises(ValueError, match="is no served name, such as 'llama2'"):
+            kind(name, "http://127.0.0.1:1")
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "field", "words"),
+    [
+        ({"stop": ["a", "b\ud83d"]}, "stop[1]", "lone surrogate"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
+        ({"top_p": float("-inf")}, "top_p", "finite"),
+        ({"stop": {"a"}}, "stop", "of type set"),
+        ({"seed": 10**5000}, None, "digits"),
+    ],
+)
+def test_what_no_json_can_hold_is_refused_before_it_is_sent(
+    streamed: Callable[..., None], given: dict[str, Any], field: str | None, words: str
+) -> None:
+    with scripted(stream(step("a"))) as server:
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            streamed(server.url, **given)
+        assert (caught.value.field, caught.value.status, server.requests) == (field, None, [])
+        with (
+            MindsporeInferenceClient("m", server.url) as client,
+            pytest.raises(InvalidRequest, match=r"^inputs: has a lone surrogate, '\\udcff', at character 1"),
+        ):
+            client.generate("a\udcff")
+        assert server.requests == []
 
 
 @both
@@ -314,20 +281,6 @@ def test_certificates_are_checked(streamed: Callable[..., None], tmp_path: Path)
         with pytest.raises(NoConnection, match=r"(?i)certificate") as caught:
             streamed(server.url, retries=Retries(first_wait=60.0))  # is not tried again
         assert caught.value.lasting  # type: ignore[attr-defined]
-
-
-def test_waits_grow_are_bounded_and_never_earlier_than_asked_for() -> None:
-    assert Timeouts.all(3) == Timeouts(3, 3, 3, 3)
-    random.seed(1)
-    retries, later = Retries(times=3, first_wait=1.0, longest_wait=3.0), Overloaded("later")
-    waits = [retries.wait(tried, later) for tried in (1, 2, 3, 4)]
-    assert waits[2:] == [None, None]  # four seconds are too long, and three tries were enough
-    assert 1.0 <= waits[0] <= 1.5  # type: ignore[operator]
-    assert 2.0 <= waits[1] <= 3.0  # type: ignore[operator]
-    later.retry_after = 2.5
-    assert 2.5 <= (retries.wait(1, later) or 0) <= 3.75
-    for error in (TimedOut("x"), BrokenAnswer("x"), GenerationError("x"), InvalidRequest("x")):
-        assert retries.wait(1, error) is None
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), cuts=st.lists(st.integers(0, 300), max_size=9))
