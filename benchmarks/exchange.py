@@ -18,6 +18,7 @@ import msgspec
 
 Piece = tuple[float, bytes]  # of an answer: when it came, and what
 ANSWER_SECONDS = 900.0
+CONNECT_SECONDS = 30.0
 END = b"\r\n0\r\n\r\n"  # the empty chunk that ends a streamed answer
 MAX_HEAD_BYTES = 64 << 10
 
@@ -146,7 +147,13 @@ async def connect(url: str, context: ssl.SSLContext | None = None) -> Exchange:
         OSError: there is none.
     """
     host, port = address(urlsplit(url))
-    _, exchange = await asyncio.get_running_loop().create_connection(Exchange, host, port, ssl=context)
+    connecting = asyncio.get_running_loop().create_connection(Exchange, host, port, ssl=context)
+    try:
+        _, exchange = await asyncio.wait_for(connecting, CONNECT_SECONDS)
+    except asyncio.TimeoutError:
+        raise ConnectionError(f"no connection to {url} within {CONNECT_SECONDS:g} seconds") from None
+    except OSError as error:
+        raise ConnectionError(f"no connection to {url}: {error}") from error
     return exchange
 
 

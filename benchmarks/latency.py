@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 LIMITS = ("ttft", "tpot", "e2e")  # what goodput can be bound to
+FORM = "limits are written NAME:MILLISECONDS, like ttft:500 or ttft:500,tpot:50"
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,18 @@ def spread(values: Sequence[float]) -> Spread | None:
     if not values:
         return None
     ordered = sorted(values)
-    p50, p90, p95, p99 = (percentile(ordered, share) for share in (0.5, 0.9, 0.95, 0.99))
+    p50, p90, p95, p99 = (ordered[place(share, len(ordered))] for share in (0.5, 0.9, 0.95, 0.99))
     return Spread(sum(ordered) / len(ordered), p50, p90, p95, p99, ordered[-1])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that ``share`` of all ``values`` do not exceed."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    """The value of which at least ``share`` of all ``values`` are no larger; the next larger one of two that are it."""
+    return sorted(values)[place(share, len(values))]
+
+
+def place(share: float, count: int) -> int:
+    """Where it stands among so many ordered values, from 0 on. Tables and pictures take it from here."""
+    return min(count - 1, int(share * count))
 
 
 def limits_of(text: str) -> dict[str, float]:
@@ -79,11 +85,11 @@ def limits_of(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, number = part.strip().partition(":")
         if name not in LIMITS or name in limits:
-            raise ValueError(f"{part!r}: limits are written like ttft:500,tpot:50; each of {', '.join(LIMITS)} once")
+            raise ValueError(f"{part!r}: {FORM}; each of {', '.join(LIMITS)} once")
         try:
             limits[name] = float(number)
         except ValueError:
-            raise ValueError(f"{part!r}: {number!r} is no number of milliseconds") from None
+            raise ValueError(f"{part!r} has no number of milliseconds: {FORM}") from None
         if not 0 < limits[name] < float("inf"):
             raise ValueError(f"{part!r}: a limit is above 0")
     return limits

@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 from tokenizers import Tokenizer
 
-from benchmarks import picture
+from benchmarks import picture, result_files
 from benchmarks.latency import Answer, Spread, spread
 from benchmarks.target import Target
 from benchmarks.traffic import Outcome
 
 OUTPUT = Path(__file__).resolve().parent.parent / "output" / "bench" / "serve"
+ENDINGS = (".json", ".svg")
 MAX_ERRORS = 10  # different ones that are reported
 
 SAID = "as each answer says"
@@ -26,7 +27,7 @@ EVENTS = "text events: where a server puts several tokens into one, there are mo
 
 @dataclass(frozen=True)
 class Run:
-    """One load as it was measured."""
+    """One load as it was measured, in full or until it was stopped."""
 
     outcomes: Sequence[Outcome]
     begin: float  # of time.perf_counter
@@ -34,6 +35,8 @@ class Run:
     client_cpu: float  # share of one core
     most: int  # requests at a time
     made: int | None  # tokens, as the server's counter says
+    planned: int  # requests
+    cut_off: int = 0  # requests that were under way when it was stopped; they are no outcomes
 
 
 class One(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,7 +60,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     load: str
     seed: int
-    requests: int
+    stopped: bool  # by Ctrl-C: all that follows is of the part that had ended by then
+    planned: int  # requests
+    cut_off: int  # requests under way when it was stopped
+    requests: int  # that have ended
     failed: int
     errors: dict[str, int]
     seconds: float
@@ -126,6 +132,9 @@ def report_of(
         model=target.model,
         load=load,
         seed=seed,
+        stopped=len(every) < run.planned,
+        planned=run.planned,
+        cut_off=run.cut_off,
         requests=len(every),
         failed=len(every) - len(answers),
         errors=dict(errors.most_common(MAX_ERRORS)),
@@ -151,7 +160,11 @@ def report_of(
 
 def table(report: Report) -> str:
     """The report for a person."""
+    stopped = (
+        f"STOPPED by Ctrl-C: {report.requests} of {report.planned} requests had ended, {report.cut_off} were cut off"
+    )
     lines = [
+        *([stopped] if report.stopped else []),
         f"{report.requests} requests, {report.failed} failed, in {report.seconds:.1f} s; {report.load}, "
         f"at most {report.most_at_a_time} at a time",
         *(f"    {times} x {error}" for error, times in report.errors.items()),
@@ -182,16 +195,25 @@ def write(report: Report, values: Mapping[str, Sequence[float]], output: Path) -
     Raises:
         OSError: they cannot be written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{report.model}: {report.load}, {report.tokens_per_second:.0f} tokens a second"
-    contents = {
-        ".json": msgspec.json.format(msgspec.json.encode(report), indent=1).decode() + "\n",
-        ".svg": picture.curves(title, "ms", values),
-    }
-    paths = [output.with_name(output.name + ending) for ending in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
-        path.write_text(content, encoding="utf-8")
-    return paths
+    contents = msgspec.json.format(msgspec.json.encode(report), indent=1).decode() + "\n", drawing(report, values)
+    return result_files.write(output, dict(zip(ENDINGS, contents, strict=True)))
+
+
+def drawing(report: Report, values: Mapping[str, Sequence[float]]) -> str:
+    """The latencies as curves in SVG, with the limits, and what was asked of whom."""
+    ended = f"{report.requests} requests" if not report.stopped else f"{report.requests} of {report.planned} requests"
+    words = [
+        f"protocol {report.protocol}",
+        ended,
+        f"{report.failed} failed",
+        f"{report.tokens_per_second:.0f} tokens/s",
+    ]
+    if report.stopped:
+        words.append("stopped by Ctrl-C")
+    if report.limits:
+        words.append(f"{report.within_limits} within the limits (dashed)")
+    limits = {name.upper(): limit for name, limit in report.limits.items()}
+    return picture.curves(f"{report.model}: {report.load}", "ms", values, about=", ".join(words), limits=limits)
 
 
 def _one(run: Run, outcome: Outcome, answer: Answer | None) -> One:

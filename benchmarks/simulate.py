@@ -20,8 +20,8 @@ from random import Random
 from benchmarks import device, simulate_report, trace
 from benchmarks.arrivals import PATTERNS, arrival_times
 from benchmarks.device import Device
+from benchmarks.options import count, option, positive
 from benchmarks.replay import DISPATCHES, Dispatch, Limits, replay
-from benchmarks.serve import count, option, positive
 from benchmarks.simulate_report import Cell, Settings, cell_of
 from benchmarks.trace import Job, Shape
 from benchmarks.workload import lengths

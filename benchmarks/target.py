@@ -125,17 +125,21 @@ def read(kind: Kind, pieces: Sequence[Piece]) -> Reading:
     arrivals: list[float] = []
     texts: list[str] = []
     tokens: int | None = None
+    empty = True
     try:
         for when, event in events(pieces):
             if event.get("event") == "error" or event.get("error"):
                 raise LoadError(str(event))
             text, total, here = _said(kind, event)
+            empty = False
             tokens = total if total is not None else tokens if here is None else (tokens or 0) + here
             if text:
                 arrivals.append(when)
                 texts.append(text)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise LoadError(f"this is no answer of the protocol {kind!r}: {error!r}") from None
+    if empty:
+        raise LoadError(f"this is no answer of the protocol {kind!r}: it has no event")
     # An answer may be nothing but tokens without text; then its end is the first that its client sees
     return Reading(tuple(arrivals) or (pieces[-1][0],), "".join(texts), tokens)
 

@@ -30,10 +30,13 @@ class Traffic:
 
     Attributes:
         running, done, failed, most: requests under way, ended, of these in vain, and most at a time.
+        outcomes: of those that have ended, in the order in which they did; a load that is cancelled keeps them.
+        cut_off: how many were under way when the load was cancelled.
     """
 
     def __init__(self, target: Target, answer_seconds: float) -> None:
-        self.running = self.done = self.failed = self.most = 0
+        self.running = self.done = self.failed = self.most = self.cut_off = 0
+        self.outcomes: list[Outcome] = []
         self._target = target
         self._answer_seconds = answer_seconds
         self._idle: list[Exchange] = []
@@ -42,29 +45,29 @@ class Traffic:
         """Send each at its time, however many run."""
         requests = [self._target.request(prompt) for prompt in work]
         begin = time.perf_counter()
-        async with self._all_closed():
-            under_way: list[asyncio.Task[Outcome]] = []
+        async with self._all_closed() as under_way:
             for prompt, request, offset in zip(work, requests, times, strict=True):
                 due = begin + offset
                 if (wait := due - time.perf_counter()) > 0:
                     await asyncio.sleep(wait)
                 under_way.append(asyncio.create_task(self._outcome(prompt, request, due)))
-            return await asyncio.gather(*under_way)
+            await asyncio.gather(*under_way)
+        return self.outcomes
 
     async def closed_loop(self, work: Sequence[Prompt], concurrent: int) -> list[Outcome]:
         """Send ``concurrent`` at a time, each followed by the next one when it has ended."""
         waiting = iter([(prompt, self._target.request(prompt)) for prompt in work])
-        outcomes: list[Outcome] = []
 
         async def one_after_the_other() -> None:
             for prompt, request in waiting:
-                outcomes.append(await self._outcome(prompt, request, time.perf_counter()))
+                await self._outcome(prompt, request, time.perf_counter())
 
-        async with self._all_closed():
-            await asyncio.gather(*(one_after_the_other() for _ in range(concurrent)))
-        return outcomes
+        async with self._all_closed() as under_way:
+            under_way += [asyncio.create_task(one_after_the_other()) for _ in range(concurrent)]
+            await asyncio.gather(*under_way)
+        return self.outcomes
 
-    async def _outcome(self, prompt: Prompt, request: bytes, due: float) -> Outcome:
+    async def _outcome(self, prompt: Prompt, request: bytes, due: float) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
         sent, reading, error = time.perf_counter(), None, None
@@ -73,10 +76,13 @@ class Traffic:
         except (LoadError, OSError) as failure:
             error = str(failure) or type(failure).__name__
             self.failed += 1
+        except asyncio.CancelledError:
+            self.cut_off += 1
+            raise
         finally:
             self.running -= 1
-            self.done += 1
-        return Outcome(prompt, due, sent, time.perf_counter(), reading, error)
+        self.done += 1
+        self.outcomes.append(Outcome(prompt, due, sent, time.perf_counter(), reading, error))
 
     async def _ask(self, request: bytes) -> tuple[float, Reading]:
         if (kept := self._unused()) is not None:
@@ -97,9 +103,14 @@ class Traffic:
         return None
 
     @contextlib.asynccontextmanager
-    async def _all_closed(self) -> AsyncIterator[None]:
+    async def _all_closed(self) -> AsyncIterator[list[asyncio.Task[None]]]:
+        """A list for tasks, none of which runs on afterwards, and no connection either."""
+        under_way: list[asyncio.Task[None]] = []
         try:
-            yield
+            yield under_way
         finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
             for connection in self._idle:
                 connection.close()

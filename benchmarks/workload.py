@@ -17,6 +17,7 @@ from benchmarks.prompts import PASSAGE, Prompt
 PROMPT_KEYS = ("prompt", "inputs", "text")
 LENGTH_KEYS = ("output_tokens", "max_tokens", "max_new_tokens", "output_len")
 MAX_TOKENS = 1 << 20
+EXAMPLE = '{"prompt": "What is money?", "output_tokens": 50}'
 
 Lengths = Callable[[Random], int]
 _LENGTHS = re.compile(r"(?:(uniform|lognormal):)?(\d+)(?::(\d+(?:\.\d+)?))?")
@@ -34,7 +35,7 @@ def from_file(path: Path, default_length: int | None) -> list[Prompt]:
     """
     prompts = [_prompt(place, entry, default_length) for place, entry in _entries(path)]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} holds no prompts: objects like {EXAMPLE} are needed, in a JSON list or one a line")
     return prompts
 
 
@@ -80,7 +81,10 @@ def drawn(tokenizer: Tokenizer, count: int, prompt: Lengths, answer: Lengths, ra
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # Windows marks files of UTF-8 so
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
     if content.lstrip().startswith("["):
         yield from ((f"{path}, entry {i}", entry) for i, entry in enumerate(_json(str(path), content), 1))
         return
@@ -102,6 +106,10 @@ def _prompt(place: str, entry: Any, default_length: int | None) -> Prompt:
     length = next((values[key] for key in LENGTH_KEYS if key in values), default_length)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{place}: an object with a text under one of {', '.join(PROMPT_KEYS)} is needed")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place}: the text holds a lone surrogate, half a character, which cannot be sent") from None
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= MAX_TOKENS:
         raise ValueError(
             f"{place}: a number of tokens under one of {', '.join(LENGTH_KEYS)}, or --output-tokens, is needed"
