@@ -30,7 +30,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     kinds = "; ".join(f"{kind}: {words}" for kind, words in KINDS.items())
     top.add_argument("--protocol", choices=KINDS, default="ours", help=f"{kinds} (default: %(default)s)")
     top.add_argument("--model", help=f"the name under which it is served (default: {USUAL['model']})")
-    top.add_argument("--api-key", default=os.environ.get(KEY), help=f"better in ${KEY}: others see command lines")
+    top.add_argument(
+        "--api-key", default=os.environ.get(KEY) or None, help=f"better in ${KEY}: others see command lines"
+    )
     top.add_argument("--ca", metavar="FILE", help="certificates to trust instead of the usual ones, for https")
     top.add_argument("--extra", type=option(fields), default={}, metavar="JSON", help="more fields of each request")
     top.add_argument(

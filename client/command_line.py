@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from client.client_errors import ClientError
+from client.client_errors import ClientError, NoConnection, NotAuthorized, TimedOut
 from client.conversation import Conversation
 from client.http_session import Session
 from client.inference_client import MindsporeInferenceClient, Parameters
-from client.patience import TIMEOUTS, Retries, Timeouts
+from client.patience import MAX_SECONDS, TIMEOUTS, Retries, Timeouts
 from client.remote_server import Server
 from client.server_status import read_status, served_names
 from client.terminal import lines_of_input, nobody_reads, prepare, say, write_json, write_line, write_text
@@ -28,6 +28,12 @@ from client.terminal import lines_of_input, nobody_reads, prepare, say, write_js
 DEFAULT_URL = "http://127.0.0.1:9811"
 URL, KEY = "MINDSPORE_LLM_URL", "MINDSPORE_LLM_API_KEY"  # environment variables
 FAILED, CANNOT, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
+
+TODO = {  # beside what the error itself says
+    NoConnection: f"; --url or ${URL} says where the server is",
+    NotAuthorized: f"; --api-key or ${KEY} says the key",
+    TimedOut: "; --timeout sets all of them",
+}
 
 Run = Callable[[Server, argparse.Namespace], int]
 
@@ -41,11 +47,13 @@ def parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         added.set_defaults(run=run)
         added.add_argument(
-            "--url", default=os.environ.get(URL, DEFAULT_URL), help=f"the server (default: ${URL}, or {DEFAULT_URL})"
+            "--url", default=os.environ.get(URL) or DEFAULT_URL, help=f"the server (default: ${URL}, or {DEFAULT_URL})"
         )
-        added.add_argument("--api-key", default=os.environ.get(KEY), help=f"better in ${KEY}: others see command lines")
+        added.add_argument(
+            "--api-key", default=os.environ.get(KEY) or None, help=f"better in ${KEY}: others see command lines"
+        )
         added.add_argument("--ca", metavar="FILE", help="certificates to trust instead of the usual ones")
-        added.add_argument("--timeout", type=float, metavar="SECONDS", help="for every wait")
+        added.add_argument("--timeout", type=timeouts, default=TIMEOUTS, metavar="SECONDS", help="for every wait")
         added.add_argument("--json", action="store_true", help="for programs: one JSON object a line")
         return added
 
@@ -74,9 +82,9 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(
             [os.fsencode(word).decode() for word in sys.argv[1:]] if words is None else words
         )
-        timeouts = TIMEOUTS if arguments.timeout is None else Timeouts.all(arguments.timeout)
         run: Run = arguments.run
-        return run(Server(arguments.url.rstrip("/"), arguments.api_key, arguments.ca, timeouts), arguments)
+        url = arguments.url.rstrip("/").removesuffix("/v1")  # as OpenAI's clients have it
+        return run(Server(url, arguments.api_key, arguments.ca, arguments.timeout), arguments)
     except ClientError as error:
         say(words_of(error))
         return FAILED
@@ -91,6 +99,18 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(str(error))
         return CANNOT
+
+
+def timeouts(text: str) -> Timeouts:
+    """Seconds for every wait.
+
+    Raises:
+        ArgumentTypeError: nobody can wait so long.
+    """
+    try:
+        return Timeouts.all(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0 and up to {MAX_SECONDS} seconds") from None
 
 
 def ask(server: Server, arguments: argparse.Namespace) -> int:
@@ -109,7 +129,7 @@ def ask(server: Server, arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=arguments.stop,
     )
-    model = arguments.model or first_model(server)
+    model = first_model(server) if arguments.model is None else arguments.model
     with MindsporeInferenceClient(model, server.url, server.token, server.timeouts, ca=server.ca) as client:
         if arguments.json:
             parameters["details"] = True
@@ -127,7 +147,7 @@ def chat(server: Server, arguments: argparse.Namespace) -> int:
     """Lines from standard input, an answer to each."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    model = arguments.model or first_model(server)
+    model = first_model(server) if arguments.model is None else arguments.model
     with contextlib.closing(Session(server)) as session:
         talk = Conversation(session, model, arguments.system, settings)
         for line in lines_of_input():
@@ -196,4 +216,5 @@ def first_model(server: Server) -> str:
 def words_of(error: ClientError) -> str:
     """An error as a person reads it."""
     found = f" (request id {error.request_id})" if error.request_id else ""
-    return f"error: {error.message}{found}"
+    todo = next((words for kind, words in TODO.items() if isinstance(error, kind)), "")
+    return f"error: {error.message}{found}{todo}"

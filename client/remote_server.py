@@ -42,8 +42,8 @@ class Server:
             httpx.URL(self.url).raw_host.decode().encode("idna")  # what looking its address up will do
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"{self.url!r} is not the URL of a server: {error}") from None
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
-            raise ValueError("an API key is made of printable ASCII characters")
+        if self.token is not None and not _may_be_a_key(self.token):
+            raise ValueError("an API key is made of printable ASCII characters, with no space around them")
 
     def settings(self) -> dict[str, Any]:
         """What httpx is to be told."""
@@ -57,3 +57,7 @@ class Server:
             "limits": httpx.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
             "trust_env": urlsplit(self.url).hostname not in LOOPBACK,  # no proxy leads to this machine
         }
+
+
+def _may_be_a_key(token: str) -> bool:
+    return bool(token) and token.isascii() and token.isprintable() and token == token.strip()

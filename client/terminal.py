@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 
+STDERR = 2  # the number of the last standard stream
+
 # What could move a terminal's cursor, change its colours or its title
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare() -> None:
-    """Make pipes UTF-8, whatever the locale says."""
+    """Make pipes UTF-8, whatever the locale says, and have something behind each standard stream."""
+    _open_what_is_closed()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             if stream.isatty():
@@ -25,6 +28,19 @@ def prepare() -> None:
     if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() a line that can be edited)
+
+
+def _open_what_is_closed() -> None:
+    """A stream that was closed by whoever started this holds nothing, and what is written to it goes nowhere.
+
+    Its number would be given to the next connection, and errors would be printed to standard output.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(number)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", STDERR, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def nobody_reads() -> None:
@@ -66,11 +82,15 @@ def lines_of_input() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line for line in map(str.strip, sys.stdin) if line)
         return
-    with contextlib.suppress(EOFError):
+    try:
         while True:
             if line := input("> " if sys.stdout.isatty() else "").strip():
                 yield line
-    print()
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        print()  # the shell's own prompt has a line for itself
+        raise
 
 
 def _shown(text: str) -> str:
