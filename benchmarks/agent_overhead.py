@@ -37,6 +37,7 @@ from agent.protocol import (
     pack_ints,
 )
 from agent.step_batch import StepBatch
+from benchmarks import result_files
 from benchmarks.report import FOLDER
 from config.manifest import read_manifest
 from config.serving_config import LimitsConfig
@@ -157,8 +158,7 @@ def main() -> int:
         lines.append(f"| {name} | {min(times) * 1e3:.2f} ms | {statistics.median(times) * 1e3:.2f} ms |")
         print(lines[-1], flush=True)
     server.close()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "agent.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "agent", {".md": "\n".join(lines) + "\n"})
     return 0
 
 

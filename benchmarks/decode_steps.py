@@ -18,7 +18,7 @@ import numpy as np
 from agent.model_runner import ModelRunner
 from agent.placement import physical_cores
 from agent.step_batch import StepBatch
-from benchmarks import machine
+from benchmarks import machine, result_files
 from benchmarks.report import FOLDER
 from benchmarks.weights import step_bytes
 from config.serving_config import WeightFormat
@@ -94,8 +94,7 @@ def main() -> int:
         for line in lines(weights):
             print(line, flush=True)
             table.append(line)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "steps.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "steps", {".md": "\n".join(table) + "\n"})
     return 0
 
 

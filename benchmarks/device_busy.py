@@ -11,6 +11,7 @@ import asyncio
 
 import httpx
 
+from benchmarks import result_files
 from benchmarks.prompts import Prompt
 from benchmarks.report import FOLDER
 from benchmarks.servers import Server
@@ -73,7 +74,7 @@ def main() -> int:
         for streams, waiting in LOADS:
             lines.append(asyncio.run(measure(server, streams, waiting, seconds)))
             print(lines[-1], flush=True)
-    (FOLDER / "busy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "busy", {".md": "\n".join(lines) + "\n"})
     return 0
 
 

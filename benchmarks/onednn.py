@@ -12,14 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks import machine
-from benchmarks.operators import COLD_BYTES, OPERATORS, TOKENS, WEIGHT_FORMATS, Operator, fastest, numbers, weight_of
+from benchmarks import machine, result_files
+from benchmarks.operators import OPERATORS, TOKENS, Operator, cold_weights, fastest, linear_calls, numbers
 from benchmarks.report import FOLDER
 from kernels import library
-from kernels.caller import Call
 
 FORMATS = ("float32", "bfloat16", "int8")
 HEAD = "| product | format | tokens | operator here | oneDNN | oneDNN's time |\n|---|---|--:|--:|--:|--:|"
@@ -46,17 +44,6 @@ def byte_products(operator: Operator, tokens: int, copies: int) -> list[Callable
     return [partial(torch.ops.onednn.qlinear_pointwise, x, 0.1, 128, copy, *options) for copy in laid_out]
 
 
-def operator_calls(opened: library.Library, operator: Operator, name: str, tokens: int) -> list[Call]:
-    """The operator on as many copies of a weight as do not fit the CPU's cache together."""
-    weight = weight_of(operator, WEIGHT_FORMATS[name])
-    outputs = [np.empty(shape, dtype=np.float32) for shape in operator.outputs(tokens)]
-    copies = max(1, COLD_BYTES // weight.nbytes)
-    return [
-        Call(opened, operator.name, [*operator.inputs(tokens, weight.copy(), operator), *outputs])
-        for _ in range(copies)
-    ]
-
-
 def main() -> int:
     """Measure both in turn, print a table and write it."""
     argparse.ArgumentParser(prog="python -m benchmarks.onednn", description=__doc__.splitlines()[0]).parse_args()
@@ -67,12 +54,12 @@ def main() -> int:
     lines = [f"{machine.describe(limits)}; PyTorch {torch.__version__}.", "", HEAD]
     print("\n".join(lines))
     for operator, name, tokens in itertools.product(OPERATORS[:-1], FORMATS, TOKENS):
-        calls = operator_calls(opened, operator, name, tokens)
+        calls = linear_calls(opened, operator, cold_weights(operator, name), tokens)
         ours, theirs = fastest(calls), fastest(products(operator, name, tokens, len(calls)))
         times = f"{ours * 1e6:.0f} µs | {theirs * 1e6:.0f} µs | {theirs / ours:.2f} x"
         lines.append(f"| {operator.label} | {name} | {tokens} | {times} |")
         print(lines[-1], flush=True)
-    (FOLDER / "onednn.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "onednn", {".md": "\n".join(lines) + "\n"})
     return 0
 
 

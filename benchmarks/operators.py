@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import machine
+from benchmarks import machine, result_files
 from benchmarks.machine import Machine
 from benchmarks.report import FOLDER
 from kernels import library
@@ -118,20 +118,28 @@ def weight_of(operator: Operator, kind: Kind | None) -> Array:
     return np.ascontiguousarray(np.resize(packed, (operator.rows, packed.shape[1])))
 
 
+def cold_weights(operator: Operator, name: str) -> list[Array]:
+    """As many copies of a weight in one format as do not fit the CPU's cache together."""
+    weight = weight_of(operator, WEIGHT_FORMATS[name])
+    return [weight.copy() for _ in range(max(1, COLD_BYTES // weight.nbytes))]
+
+
+def linear_calls(opened: Library, operator: Operator, weights: Sequence[Array], tokens: int) -> list[Call]:
+    """The operator on each of ``weights``."""
+    outputs = [np.empty(shape, dtype=np.float32) for shape in operator.outputs(tokens)]
+    return [Call(opened, operator.name, [*operator.inputs(tokens, weight, operator), *outputs]) for weight in weights]
+
+
 def linear_lines(opened: Library, formats: Sequence[str]) -> Iterator[Timed]:
     """Every operator with a weight, in every format."""
     for operator in OPERATORS:
         for name in formats:
-            weight = weight_of(operator, WEIGHT_FORMATS[name])
-            weights = [weight.copy() for _ in range(max(1, COLD_BYTES // weight.nbytes))]
+            weights = cold_weights(operator, name)
             for tokens in HEAD_TOKENS if operator.name == "Head" else TOKENS:
-                outputs = [np.empty(shape, dtype=np.float32) for shape in operator.outputs(tokens)]
-                calls = [
-                    Call(opened, operator.name, [*operator.inputs(tokens, w, operator), *outputs]) for w in weights
-                ]
+                calls = linear_calls(opened, operator, weights, tokens)
                 seconds = fastest(calls if tokens < 256 else calls[:4])
                 flops = 2.0 * tokens * operator.rows * operator.columns
-                yield Timed(operator.label, name, str(tokens), seconds, weight.nbytes, flops)
+                yield Timed(operator.label, name, str(tokens), seconds, weights[0].nbytes, flops)
 
 
 def attention_lines(opened: Library, formats: Sequence[str]) -> Iterator[Timed]:
@@ -219,8 +227,7 @@ def main() -> int:
         for line in measured:
             lines.append(row(line, limits))
             print(lines[-1], flush=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "operators.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "operators", {".md": "\n".join(lines) + "\n"})
     return 0
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from agent.model_runner import ModelRunner
 from agent.protocol import Floats
 from agent.step_batch import StepBatch
-from benchmarks import prompts
+from benchmarks import prompts, result_files
 from benchmarks.report import FOLDER
 
 NEW_TOKENS = 48
@@ -193,8 +193,7 @@ def main() -> int:
     for line in lines(arguments.reference, arguments.folders, arguments.cache_dtype):
         print(line, flush=True)
         found.append(line)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "quality.md").write_text("\n".join(found) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "quality", {".md": "\n".join(found) + "\n"})
     return 0
 
 

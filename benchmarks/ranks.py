@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import time
+from asyncio.subprocess import Process
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,13 @@ import msgspec
 import numpy as np
 import psutil
 
+from agent.lifeline import exit_with_launcher
 from agent.model_runner import ModelRunner
 from agent.placement import physical_cores
 from agent.rendezvous import Rendezvous
-from benchmarks import machine
+from benchmarks import machine, rank_processes, result_files
 from benchmarks.decode_steps import decode_step, exported, seconds
+from benchmarks.rank_processes import RankLost
 from benchmarks.report import FOLDER
 
 RANKS = (1, 2, 4)
@@ -47,23 +51,22 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 async def measure(folder: Path, ranks: int) -> tuple[float, Measured]:
-    """Run all ranks of an exported model, each in a process of its own: the seconds of the start, and the rest."""
+    """Run all ranks of an exported model, each in a process of its own: the seconds of the start, and the rest.
+
+    Raises:
+        RankLost: one of them has ended too early; the others were ended.
+    """
     begin = time.time()
     with tempfile.TemporaryDirectory() as logs:
         rendezvous = await Rendezvous.start("the benchmark", ranks, Path(logs) / "rendezvous") if ranks > 1 else None
-        processes = []
+        processes: list[Process] = []
         try:
             for rank in range(ranks):
                 environment = {**os.environ, "GLOG_v": "3", **(rendezvous.environment(rank) if rendezvous else {})}
                 processes.append(await start_rank(folder, rank, ranks, environment))
-            said = await asyncio.gather(*(process.stdout.readline() for process in processes if process.stdout))
-            if not all(said):
-                raise SystemExit(f"rank {said.index(b'')} of {ranks} has ended; what it said is above")
+            said = await rank_processes.lines_of(processes)
         finally:  # only now, as a rank that leaves ends the group
-            for process in processes:
-                if process.returncode is None:
-                    process.kill()
-                await process.wait()
+            await rank_processes.end(processes)
             if rendezvous:
                 rendezvous.kill()
                 await rendezvous.ended()
@@ -71,7 +74,7 @@ async def measure(folder: Path, ranks: int) -> tuple[float, Measured]:
     return measured.ready - begin, measured
 
 
-async def start_rank(folder: Path, rank: int, ranks: int, environment: dict[str, str]) -> asyncio.subprocess.Process:
+async def start_rank(folder: Path, rank: int, ranks: int, environment: dict[str, str]) -> Process:
     """Start a process that measures, says what it saw, and stays until its standard input closes."""
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.ranks", "--folder", str(folder), "--rank", str(rank)),
@@ -137,18 +140,22 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
+        exit_with_launcher()
         with os.fdopen(os.dup(1), "wb") as output:
             os.dup2(2, 1)  # MindSpore writes to both
             output.write(msgspec.json.encode(run_rank(arguments.folder, arguments.rank, arguments.threads)) + b"\n")
-        sys.stdin.read()
+        signal.pause()  # until the launcher, which is the benchmark, closes standard input
         return 0
     table = [f"{machine.describe(machine.measure())}.", "", HEAD]
     for ranks in RANKS:
         folder = exported("bfloat16", ranks)
-        table += lines(folder, ranks, *asyncio.run(measure(folder, ranks)))
+        try:
+            table += lines(folder, ranks, *asyncio.run(measure(folder, ranks)))
+        except RankLost as error:
+            print(error, file=sys.stderr)
+            return 1
         print("\n".join(table[-len(ROWS) :]), flush=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "ranks.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "ranks", {".md": "\n".join(table) + "\n"})
     return 0
 
 

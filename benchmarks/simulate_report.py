@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import picture
+from benchmarks import picture, result_files
 from benchmarks.latency import Spread, spread
 from benchmarks.replay import Outcome, Totals
 
@@ -152,11 +152,7 @@ def write(title: str, cells: Sequence[Cell], values: Mapping[str, Sequence[float
     else:
         for name in PICTURED:
             contents[f".{name}.svg"] = _picture(title, name, cells)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    paths = [output.with_name(output.name + ending) for ending in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
-        path.write_text(content, encoding="utf-8")
-    return paths
+    return result_files.write(output, contents)
 
 
 def _picture(title: str, latency: str, cells: Sequence[Cell]) -> str:

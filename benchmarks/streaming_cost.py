@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import httpx
 
+from benchmarks import result_files
 from benchmarks.latency import Spread, spread
 from benchmarks.prompts import Prompt
 from benchmarks.relay import Relay
@@ -102,7 +103,7 @@ def main() -> int:
     ]
     print("\n".join(head), flush=True)
     lines = [*head, *asyncio.run(run(seconds))]
-    (FOLDER / "streaming.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result_files.write(FOLDER / "streaming", {".md": "\n".join(lines) + "\n"})
     return 0
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scripted_server import stream
 from tokenizers import Tokenizer
 
-from benchmarks import load, picture, prompts, publish, quality, report, streaming_cost
+from benchmarks import load, operators, picture, prompts, publish, quality, report, result_files, streaming_cost
 from benchmarks.exchange import LoadError
 from benchmarks.latency import Answer
 from benchmarks.load import Load
@@ -23,6 +23,8 @@ from benchmarks.machine import Machine
 from benchmarks.prompts import Prompt
 from benchmarks.report import Comparison, Measured
 from benchmarks.target import Target
+from kernels import library
+from kernels.library import Library
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,3 +152,19 @@ def test_the_cost_of_streams_is_measured() -> None:
     assert [row.count("|") for row in rows] == [6] * len(streaming_cost.PROTOCOLS)
     milliseconds = [float(cell.split()[0]) for row in rows for cell in row.split("|")[2:-1]]
     assert all(number > 0 for number in milliseconds)
+
+
+def test_an_operator_is_called_with_each_of_as_many_weights_as_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "COLD_BYTES", 3 * 576 * 960 * 4)
+    operator = operators.OPERATORS[0]
+    weights = operators.cold_weights(operator, "float32")
+    assert [weight.shape for weight in weights] == [(960, 576)] * 3
+    calls = operators.linear_calls(Library(library.build()), operator, weights, tokens=2)
+    assert len(calls) == 3
+    assert operators.fastest(calls) > 0
+
+
+def test_a_table_makes_its_folder(tmp_path: Path) -> None:
+    [path] = result_files.write(tmp_path / "new" / "folder" / "busy", {".md": "| a |\n"})
+    assert path == tmp_path / "new" / "folder" / "busy.md"
+    assert path.read_text(encoding="utf-8") == "| a |\n"
