@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from benchmarks import prompts
 from benchmarks.exchange import Exchange, LoadError, Piece
 from benchmarks.latency import Answer, percentile
+from benchmarks.options import count, option
 from benchmarks.prompts import Prompt
 from benchmarks.target import KINDS, Kind, Target, read
 
@@ -108,13 +110,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS, help="how requests are written")
     parser.add_argument("url", help="such as http://127.0.0.1:9811")
-    parser.add_argument("-c", "--concurrent", type=int, default=8, help="requests at a time (default: %(default)s)")
-    parser.add_argument("-n", "--requests", type=int, default=64, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "-c", "--concurrent", type=option(count), default=8, help="requests at a time (default: %(default)s)"
+    )
+    parser.add_argument("-n", "--requests", type=option(count), default=64, help="in all (default: %(default)s)")
     parser.add_argument("--model", default="llama2", help="the name under which it is served (default: %(default)s)")
     arguments = parser.parse_args()
     target = Target(arguments.kind, arguments.url, arguments.model)
     work = prompts.first(arguments.requests)
-    print(json.dumps(asdict(asyncio.run(measure(target, work, arguments.concurrent)))))
+    try:
+        print(json.dumps(asdict(asyncio.run(measure(target, work, arguments.concurrent)))))
+    except (LoadError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -27,6 +27,8 @@ from benchmarks.trace import Job, Shape
 from benchmarks.workload import lengths
 from config.serving_config import LimitsConfig
 
+BURST = 32  # requests of a burst, unless it is said
+
 
 def switch(text: str) -> bool:
     """``true`` or ``false``."""
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         default="poisson",
         help="; ".join(f"{name}: {text}" for name, text in PATTERNS.items()) + " (default: %(default)s)",
     )
-    when.add_argument("--burst", type=option(count), default=32, help="requests of a burst (default: %(default)s)")
+    when.add_argument("--burst", type=option(count), help=f"requests of one of the bursts (default: {BURST})")
     when.add_argument("-n", "--requests", type=option(count), default=2000, help="in all (default: %(default)s)")
     when.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
 
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "--output-tokens", type=option(lengths), default="lognormal:128:0.8", help="the same (default: %(default)s)"
     )
     asked.add_argument("--prefix-tokens", type=option(count), default=0, help="at the begin of each prompt")
-    asked.add_argument("--prefixes", type=option(count), default=1, help="different ones (default: %(default)s)")
+    asked.add_argument("--prefixes", type=option(count), help="different ones (default: 1)")
     asked.add_argument(
         "--priorities", type=option(priorities), default=[0], help="to draw from, such as --priorities=-1,0,0,0"
     )
@@ -140,13 +142,19 @@ def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
         ValueError: the options contradict each other, or the file holds something else.
         OSError: the file cannot be read.
     """
+    if arguments.burst is not None and arguments.arrivals != "bursts":
+        raise ValueError(f"--burst {arguments.burst} is of --arrivals bursts, not of --arrivals {arguments.arrivals}")
+    if arguments.prefixes is not None and not arguments.prefix_tokens:
+        raise ValueError(
+            f"--prefixes {arguments.prefixes} are of so many tokens as --prefix-tokens says, which is not given"
+        )
     if arguments.file is None:
         return trace.drawn(
             arguments.requests,
             arguments.input_tokens,
             arguments.output_tokens,
             longest=arguments.device.context_length,
-            prefixes=arguments.prefixes,
+            prefixes=arguments.prefixes or 1,
             prefix_tokens=arguments.prefix_tokens,
             priorities=arguments.priorities,
             random=Random(arguments.seed),
@@ -164,7 +172,7 @@ def jobs_at(rate: float | None, shapes: Sequence[Shape], arguments: argparse.Nam
     if rate is None:
         return sorted((Job(shape.arrival or 0.0, shape) for shape in shapes), key=lambda job: job.arrival)
     random = Random(arguments.seed)
-    times = arrival_times(arguments.arrivals, rate, len(shapes), burst=arguments.burst, random=random)
+    times = arrival_times(arguments.arrivals, rate, len(shapes), burst=arguments.burst or BURST, random=random)
     return [Job(*one) for one in zip(times, shapes, strict=True)]
 
 

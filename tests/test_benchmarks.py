@@ -23,6 +23,7 @@ from benchmarks.machine import Machine
 from benchmarks.prompts import Prompt
 from benchmarks.report import Comparison, Measured
 from benchmarks.target import Target
+from config.free_ports import free_ports
 from kernels import library
 from kernels.library import Library
 
@@ -168,3 +169,15 @@ def test_a_table_makes_its_folder(tmp_path: Path) -> None:
     [path] = result_files.write(tmp_path / "new" / "folder" / "busy", {".md": "| a |\n"})
     assert path == tmp_path / "new" / "folder" / "busy.md"
     assert path.read_text(encoding="utf-8") == "| a |\n"
+
+
+def test_a_load_that_cannot_be_measured_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["load", "openai", f"http://127.0.0.1:{free_ports(1)[0]}"])
+    assert load.main() == 1
+    assert "no connection to http://127.0.0.1:" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["load", "openai", "http://test", "-c", "0"])
+    with pytest.raises(SystemExit):
+        load.main()
+    assert "0 is not above 0" in capsys.readouterr().err

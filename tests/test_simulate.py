@@ -355,3 +355,17 @@ def test_a_wrong_option_is_named(words: list[str], said: str, capsys: pytest.Cap
     with pytest.raises(SystemExit, match="2"):
         simulate.main(words)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--burst", "4"], "--burst 4 is of --arrivals bursts, not of --arrivals poisson"),
+        (["--prefixes", "4"], "--prefixes 4 are of so many tokens as --prefix-tokens says"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate.main(words) == 2
+    assert message in capsys.readouterr().err
