@@ -120,8 +120,11 @@ class Call:
         return BrokenAnswer(f"the connection to {url} broke: {text}")
 
     def _late(self, wait: Wait) -> ClientError:
-        seconds = f"{self._server.timeouts.of(wait):g} seconds"
-        text = f"{_LATE[wait].format(url=self._server.url, seconds=seconds)}. A longer timeout ({wait}) waits longer"
+        limit = self._server.timeouts.of(wait)
+        seconds = "the time that the system gives it" if limit is None else f"{limit:g} seconds"
+        text = _LATE[wait].format(url=self._server.url, seconds=seconds)
+        if limit is not None:
+            text += f". A longer timeout ({wait}) waits longer"
         return NoConnection(text) if wait == "connect" else TimedOut(text)
 
 

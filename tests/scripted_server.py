@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 STALL = b"(stall)"  # in a script: nothing more comes until the client has left
-PAUSE, PAUSE_SECONDS = b"(pause)", 0.2  # in a script: nothing comes for so long
+PAUSE, PAUSE_SECONDS = b"(pause)", 1.0  # in a script: nothing comes for so long
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from client_streams import both, step, texts
 from scripted_server import PAUSE, PAUSE_SECONDS, STALL, scripted, stream
@@ -20,13 +21,16 @@ from client.answers import StreamResponse
 from client.client_errors import (
     BrokenAnswer,
     ClientClosed,
+    ClientError,
     GenerationError,
     InvalidRequest,
     NoConnection,
     Overloaded,
     TimedOut,
 )
+from client.http_call import Call
 from client.patience import Retries, Timeouts
+from client.remote_server import Server
 
 
 @both
@@ -87,6 +91,17 @@ def test_a_server_that_takes_no_connection_is_named_with_the_time_it_had(streame
         words = rf"no connection to http://127.0.0.1:{port} within 0\.2 seconds; see that .* \(connect\)"
         with pytest.raises(NoConnection, match=words):
             streamed(f"http://127.0.0.1:{port}", timeout=Timeouts(connect=0.2), retries=Retries(times=0))
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectTimeout("timed out"), httpx.ReadTimeout("timed out")])
+def test_who_waits_for_ever_is_told_when_the_system_gives_up(error: httpx.TimeoutException) -> None:
+    call = Call(Server("http://127.0.0.1:1", timeouts=Timeouts.all(None)), "/", None, "answer")
+    with (
+        pytest.raises(ClientError, match="the time that the system gives it; ") as caught,
+        call.errors(threading.Event()),
+    ):
+        raise error
+    assert "longer timeout" not in caught.value.message
 
 
 def test_an_answer_in_one_piece_has_its_own_time() -> None:
