@@ -38,6 +38,11 @@ def heading(level: int, content: str) -> str:
     return f'<div role="heading" aria-level="{level + 2}" class="h{level}">{content}</div>'
 
 
+def box(label: str) -> str:
+    checked = ' checked=""' if label == "Done" else ""
+    return f'<input disabled=""{checked} aria-label="{label}">'
+
+
 CASES = {
     "": "",
     "one\ntwo\n\nthree": "<p>one<br>two</p><p>three</p>",
@@ -51,13 +56,23 @@ CASES = {
     r"\*a\* \\ \[x](y) \q": r"<p>*a* \ [x](y) \q</p>",
     "`a*b` `` c`d `` `open": "<p><code>a*b</code> <code>c`d</code> `open</p>",
     "*a `*` b*": "<p><em>a <code>*</code> b</em></p>",
+    "&copy; &#65;&#x1F642; &Omega;&ne;&#39;": "<p>© A🙂 Ω≠'</p>",
+    "&#0;&#xD800;&#9999999; &constructor; &#x; &amp": "<p>\ufffd\ufffd\ufffd &amp;constructor; &amp;#x; &amp;amp</p>",
+    "`&copy;` &#60;b&#62; &#42;a&#42;": "<p><code>&amp;copy;</code> &lt;b&gt; *a*</p>",
     "&lt;b&gt; &amp;amp; &nope;": "<p>&lt;b&gt; &amp;amp; &amp;nope;</p>",
     "a  \nb\\\nc": "<p>a  <br>b<br>c</p>",
     "---\n***\n- - -": "<hr><hr><hr>",
+    "A *b*\n===\ntext": heading(1, "A <em>b</em>") + "<p>text</p>",
+    "one\ntwo\n  ---  \n\n---": heading(2, "one<br>two") + "<hr>",
+    "- a\n---\n> b\n---\n\n==": "<ul><li>a</li></ul><hr><blockquote><p>b</p></blockquote><hr><p>==</p>",
+    "- a\n==\n- b\n  --": f"<ul><li>a</li></ul><p>==</p><ul><li>{heading(2, 'b')}</li></ul>",
     "> a\n> > b\n\nc": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>",
     "- a\n- b\n  - c\n    - d\n- e": "<ul><li>a</li><li>b<ul><li>c<ul><li>d</li></ul></li></ul></li><li>e</li></ul>",
     "- a\n\t- b": "<ul><li>a<ul><li>b</li></ul></li></ul>",
     "1. a\n2. b\n   more\n\n   second\n3. c": "<ol><li>a</li><li>b<br>more<p>second</p></li><li>c</li></ol>",
+    "- [ ] a\n- [x] **b**\n  - [X] c\n- [y] d\n- [ ]": f'<ul><li class="task">{box("To do")}a</li><li class="task">'
+    f'{box("Done")}<strong>b</strong><ul><li class="task">{box("Done")}c</li></ul></li><li>[y] d</li><li>[ ]</li></ul>',
+    "1. [x] a": f'<ol><li class="task">{box("Done")}a</li></ol>',
     "7) a\n8) b": '<ol start="7"><li>a</li><li>b</li></ol>',
     "1. a\n  - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
     "text\n- a\n\nIn\n1984. No list": "<p>text</p><ul><li>a</li></ul><p>In<br>1984. No list</p>",
@@ -73,6 +88,10 @@ CASES = {
     "![alt](https://test/i.png)": '<p><a href="https://test/i.png">alt</a></p>',
     "see https://test/a_b. (http://test/q)": '<p>see <a href="https://test/a_b">https://test/a_b</a>. '
     '(<a href="http://test/q">http://test/q</a>)</p>',
+    "<https://test/a_b.> <HTTP://test/?q=*x*>": '<p><a href="https://test/a_b.">https://test/a_b.</a> '
+    '<a href="http://test/?q=*x*">HTTP://test/?q=*x*</a></p>',
+    "<https://> <javascript:x> <ftp://test/> <a@test> [<https://test/b>](https://test/c)": "<p>&lt;https://&gt; "
+    '&lt;javascript:x&gt; &lt;ftp://test/&gt; &lt;a@test&gt; <a href="https://test/c">&lt;https://test/b&gt;</a></p>',
     "见https://test/，好": "<p>见https://test/，好</p>",  # noqa: RUF001
     "[a](javascript:x) [b](/c) [d] [e]: f": "<p>[a](javascript:x) [b](/c) [d] [e]: f</p>",
     "<b>x</b>": "<p>&lt;b&gt;x&lt;/b&gt;</p>",
@@ -92,7 +111,8 @@ def test_piece_by_piece_it_becomes_the_same(page: Page, source: str) -> None:
 def test_any_text_in_any_pieces_becomes_what_it_becomes_whole(page: Page) -> None:
     random.seed(20)
     marks = ["*", "**", "_", "`", "```", "~~", "\n", "\n\n", "- ", "1. ", "> ", "|", "|---|", "# ", "[", "](https://test)",
-             "<b>", "\\", "&lt;", "  ", "    ", "\t", "word", "中文", "https://test ", "\r\n", "🙂"]  # fmt: skip
+             "<b>", "\\", "&lt;", "  ", "    ", "\t", "word", "中文", "https://test ", "\r\n", "🙂",
+             "<https://test>", "==", "---", "[ ] ", "[x] "]  # fmt: skip
     for _ in range(300):
         source = "".join(random.choices(marks, k=random.randint(1, 40)))
         cuts = sorted(random.sample(range(len(source) + 1), k=min(5, len(source))))
@@ -102,6 +122,7 @@ def test_any_text_in_any_pieces_becomes_what_it_becomes_whole(page: Page) -> Non
 
 UNITS = "* · **a · *a  · _a · ` · `` `  · [ · [a]( · ![ · >  · > · -  · | · | a\n · ~ · ```\n · #  · "
 UNITS += "\\ · & · https://[ · h · "
+UNITS += "<https:// · <https://test> · &# · &copy · a\n== · -- · - [ ] · "
 UNITS += '  · \n · < · *` · 1. \n · a*b** · [a](x " · # · - · \t- a\n'
 
 

@@ -21,11 +21,15 @@ HOSTILE = [
     "| <img src=x onerror=alert(1)> | b |\n|---|---|\n| <script>alert(1)</script> | [x](javascript:alert(1)) |",
     "# <img src=x onerror=alert(1)>\n\n> <script>alert(1)</script>\n\n- <a href=javascript:alert(1)>x</a>",
     "&lt;script&gt;alert(1)&lt;/script&gt; &#60;img src=x onerror=alert(1)&#62;",
+    '<https://test/><img src=x onerror=alert(1)> <https://test/"onclick=alert(1)> <javascript:alert(1)> <data:x>',
+    "&#x3c;script&#x3e;alert(1)&lt;/script&gt; <script>alert(1)</script>\n===\n- [x] <img src=x onerror=alert(1)>",
     "<think><script>alert(1)</script>[x](javascript:alert(1))</think><img src=x onerror=alert(1)>",
     "</div></article><script>alert(1)</script><style>*{display:none}</style><base href=//test>",
 ]
 MADE = "node => [...new Set([...node.querySelectorAll('*')].map((one) => one.localName))]"
-HARMLESS = "article h3 div p span code pre figure figcaption button svg path a br em strong del ul ol li blockquote hr"
+HARMLESS = (
+    "article h3 div p span code pre figure figcaption button svg path a br em strong del ul ol li blockquote hr input"
+)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -1,16 +1,17 @@
 // Inside a block of Markdown: emphasis, code, links. What markdown.js says of safety and time holds here too.
 
 import { element } from "./dom.js";
+import { characterOf } from "./entities.js";
 
 export const MAX_DEPTH = 8; // of what can stand in each other: what lies deeper is shown as it is written
 
-const PLAIN = /[^\\`*_~[!h\n&]+/y;
+const PLAIN = /[^\\`*_~[!h\n&<]+/y;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const WORD = /[\p{L}\p{N}]/u;
 const TARGET = /\( *<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?: +"[^"]*")? *\)/y;
 const ADDRESS = /https?:\/\/[^\s<>"'`|，。；：！？、（）【】《》“”]{1,2000}/y;
-const ENTITY = /&(lt|gt|amp|quot|#39|nbsp);/y;
-const ENTITIES = { lt: "<", gt: ">", amp: "&", quot: '"', "#39": "'", nbsp: "\u00a0" };
+const BRACKETED = /<(https?:\/\/[^\s<>]{1,2000})>/iy;
+const ENTITY = /&(#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z][A-Za-z\d]{1,31});/y;
 const EMPHASIS = { "**": "strong", "__": "strong", "~~": "del", "*": "em", "_": "em" };
 
 /** The nodes of a text. `linked`: it is the label of a link, and holds no other. */
@@ -47,6 +48,7 @@ class Inline {
       ("*_~".includes(char) && this.emphasis()) ||
       ("[!".includes(char) && this.link()) ||
       (char === "h" && this.address()) ||
+      (char === "<" && this.bracketed()) ||
       (char === "&" && this.entity());
     return taken || this.text(char, 1);
   }
@@ -158,9 +160,17 @@ class Inline {
     return url !== null && this.push(anchor(url, [written]), written.length);
   }
 
+  /** An address between `<` and `>`, which end it wherever it ends. */
+  bracketed() {
+    const found = this.linked ? null : this.match(BRACKETED);
+    const url = found && webAddress(found[1]);
+    return Boolean(url) && this.push(anchor(url, [found[1]]), found[0].length);
+  }
+
   entity() {
-    const entity = this.match(ENTITY);
-    return entity !== null && this.text(ENTITIES[entity[1]], entity[0].length);
+    const found = this.match(ENTITY);
+    const character = found && characterOf(found[1]);
+    return Boolean(character) && this.text(character, found[0].length);
   }
 }
 

@@ -63,6 +63,8 @@ const STRINGS = {
   "regenerate": ["Answer again", "重新回答"],
   "retry": ["Try again", "重试"],
 
+  "task.done": ["Done", "已完成"],
+  "task.open": ["To do", "未完成"],
   "thinking": ["Thinking", "正在思考"],
   "thought": ["What it thought", "思考过程"],
   "answering": ["Answering", "正在回答"],
