@@ -11,7 +11,7 @@ from typing import Any
 
 from config.serving_config import ANSWER_ENDS, CHAT_TEMPLATE, ModelConfig, ServingConfig
 from server.chat_template import CHAT_TEMPLATES
-from server.errors import InvalidRequest, NotServing, UnknownModel
+from server.errors import InvalidRequest, NotServing, ShuttingDown, UnknownModel
 from server.llm_server import LLMServer
 from server.metrics import Metrics
 from server.request import GenerationParams
@@ -181,7 +181,7 @@ class Deployment:
             NotServing: those of some model have not, or the deployment is stopping; the message says which.
         """
         if self.draining:
-            raise NotServing("the server is shutting down")
+            raise ShuttingDown("the server is shutting down")
         waiting = [model for model in self.models if not model.ready]
         if waiting:
             where = "; ".join(f"{', '.join(model.config.names)}: {model.agents_now}" for model in waiting)

@@ -5,7 +5,9 @@
     │   └── ContextExceeded      the prompt, or the answer after it, has no room in the model's context
     ├── UnknownModel        404  no such name is served
     ├── Overloaded          429  the queue is full; try again after ``retry_after`` seconds
-    ├── NotServing          503  shutting down, or the agents are not there
+    │   └── NoTurn               it was in the queue for too long
+    ├── NotServing          503  the agents are not there
+    │   └── ShuttingDown         nor will be: the server goes
     └── GenerationFailed    500  the request was accepted and could not be finished
 
 Routes of every protocol map these, and nothing else, to their own error bodies, in one place each. A message does not
@@ -43,12 +45,22 @@ class UnknownModel(ServingError):
 
 class Overloaded(ServingError):
     status = 429
+    code = "queue_full"
     retry_after = 1  # seconds
+
+
+class NoTurn(Overloaded):
+    code = "queue_timeout"
 
 
 class NotServing(ServingError):
     status = 503
+    code = "agents_unavailable"
     retry_after = 5  # seconds
+
+
+class ShuttingDown(NotServing):
+    code = "shutting_down"
 
 
 class GenerationFailed(ServingError):

@@ -17,7 +17,7 @@ from config.grammar_engine import GrammarEngine
 from config.manifest import read_manifest, verify_files
 from config.serving_config import ModelConfig, ServingConfig
 from server.answer import Answer
-from server.errors import ContextExceeded, InvalidRequest, NotServing, Overloaded
+from server.errors import ContextExceeded, InvalidRequest, NotServing, Overloaded, ShuttingDown
 from server.grammar import GrammarCompiler
 from server.metrics import Metrics, ModelMetrics
 from server.replicas import Replicas
@@ -191,7 +191,9 @@ class LLMServer:
 
     def _check_open(self) -> None:
         if not self._accepting:
-            raise NotServing("the server is stopping" if self.replicas.met else "the server waits for its agents")
+            if self.replicas.met:
+                raise ShuttingDown("the server is stopping")
+            raise NotServing("the server waits for its agents")
         if self.replicas.given_up:
             raise NotServing("the agents do not answer")
 

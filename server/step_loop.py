@@ -20,7 +20,7 @@ from server.agent_group import AgentGroup, AgentsLost, AgentsRefused, AgentsTake
 from server.answer import Answer
 from server.block_manager import BlockManager
 from server.dispatcher import Load
-from server.errors import GenerationFailed, Overloaded
+from server.errors import GenerationFailed, NoTurn
 from server.events import happens
 from server.metrics import GroupMetrics
 from server.observer import Observer
@@ -177,7 +177,7 @@ class StepLoop:
         """A request has waited too long for its turn."""
         if not answer.request.num_admissions:
             self._end(answer, "error")
-            answer.fail(Overloaded(f"no turn came within {self._limits.max_queue_seconds:g} s; try again later"))
+            answer.fail(NoTurn(f"no turn came within {self._limits.max_queue_seconds:g} s; try again later"))
 
     def _cut(self, answer: Answer) -> None:
         """A request has taken too long: it ends with what there is."""

@@ -339,7 +339,7 @@ def test_limits_of_the_engine(tmp_path: Path) -> None:
         eventually(lambda: b'"data": 1}' in client.get("/serving/get_bs").content)
         check(client.post(LEGACY, json=body), "no turn came within … s; try again later")
         streamed = client.post(COMPLETIONS, json={**HI, "stream": True})
-        assert re.fullmatch(rb'data: \{"error":\{"message":"no turn came .*\}\}\n\n', streamed.content)
+        assert re.fullmatch(rb'data: \{"error":\{"message":"no turn came .*"queue_timeout"\}\}\n\n', streamed.content)
         assert running.result().status_code == 200
 
 
@@ -347,6 +347,7 @@ def test_limits_of_the_engine(tmp_path: Path) -> None:
 NOT_OVER_HTTP = {
     "is empty",
     "the agents do not answer",
+    "the server waits for its agents",
     "must be at least 1",
     "holds an empty string",
     "is no JSON that can be written down: …",
@@ -361,7 +362,9 @@ TELLS = {
     "NoSuchRoute": 0,
     "UnknownModel": 0,
     "Overloaded": 0,
+    "NoTurn": 0,
     "NotServing": 0,
+    "ShuttingDown": 0,
     "PydanticCustomError": 1,
 }
 TELLS |= {"GrammarError": 0, "HTTPException": 1, "Problem": "message"}

@@ -17,7 +17,7 @@ from serving_processes import Serving
 from client.http_connection import MAX_HEADER_BYTES
 from client.http_edge import HttpEdge
 from client.routes import errors
-from server.errors import GenerationFailed, InvalidRequest, NotServing, Overloaded
+from server.errors import GenerationFailed, InvalidRequest, NotServing, NoTurn, Overloaded, ShuttingDown
 
 JSON = {"content-type": "application/json"}
 PATHS = ["/models/llama2", "/models/internlm/generate", "/models/llama2/generate_stream"]
@@ -243,6 +243,20 @@ def test_text_generation_inference_has_its_own_words(raised: Exception, status: 
     assert (response.status_code, response.json()["error_type"]) == (status, kind)
     assert set(response.json()) == {"error", "error_type"}
     assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (Overloaded("the queue is full"), "queue_full"),
+        (NoTurn("no turn came"), "queue_timeout"),
+        (NotServing("no agents"), "agents_unavailable"),
+        (ShuttingDown("the server is stopping"), "shutting_down"),
+        (RuntimeError("secret"), None),
+    ],
+)
+def test_openai_clients_are_told_a_code(raised: Exception, code: str | None) -> None:
+    assert answer_to(raised, "/v1/chat/completions").json()["error"]["code"] == code
 
 
 def test_openapi_tells_of_bodies_and_statuses(client: httpx.Client) -> None:

@@ -221,5 +221,6 @@ def test_a_full_queue_is_a_rate_limit(slow_standin: Serving, path: str) -> None:
     with full_queue(client):
         asked = {"messages": HI} if "chat" in path else {"prompt": "hi"}
         response = client.post(path, json={"model": "llama2", **asked})
-        assert refusal(response, 429)["type"] == "rate_limit_exceeded"
+        error = refusal(response, 429)
+        assert (error["type"], error["code"]) == ("rate_limit_exceeded", "queue_full")
         assert response.headers["retry-after"] == "1"

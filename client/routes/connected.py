@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import NotServing
+from server.errors import ShuttingDown
 from server.request_stream import Increment, RequestStream
 
 
@@ -16,7 +16,7 @@ async def collect_while_connected(streams: Sequence[RequestStream], request: Req
 
     Raises:
         ClientDisconnect: the client has left.
-        ServingError: an answer could not be finished, or (``NotServing``) the server stops first.
+        ServingError: an answer could not be finished, or (``ShuttingDown``) the server stops first.
     """
     answers = asyncio.ensure_future(_collect(streams))
     departure = asyncio.ensure_future(_departure(request))
@@ -39,10 +39,10 @@ def check_complete(increment: Increment) -> None:
     """Whether this part of an answer is followed by the rest, or by nothing because the answer is whole.
 
     Raises:
-        NotServing: it was cut short.
+        ShuttingDown: it was cut short.
     """
     if increment.finish_reason == "abort":
-        raise NotServing("the server is shutting down and has not finished this answer")
+        raise ShuttingDown("the server is shutting down and has not finished this answer")
 
 
 async def _collect(streams: Sequence[RequestStream]) -> list[Increment]:
