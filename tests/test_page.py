@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -48,7 +49,15 @@ def test_the_next_question_carries_what_was_said(shown: Ui, client: httpx.Client
 def test_every_setting_is_sent_and_an_empty_one_is_not(shown: Ui) -> None:
     bodies = []
     shown.page.on("request", lambda request: bodies.append(request.post_data_json) if "/chat/" in request.url else None)
-    shown.set(system="Be brief", temperature=0.5, top_p=0.9, top_k=7, max_tokens=3, seed=11, stop="one\ntwo three")
+    shown.set(
+        system="Be brief",
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        max_tokens=3,
+        seed=11,
+        stop="one\ntwo three\n\\nQ:\\\\n\\d",
+    )
     shown.send("hi")
     shown.answer()
     shown.set(system="", temperature="", top_p="", top_k="", max_tokens=3, seed="", stop="")
@@ -56,25 +65,77 @@ def test_every_setting_is_sent_and_an_empty_one_is_not(shown: Ui) -> None:
     expect(shown.page.locator(".message")).to_have_count(4)
     shown.answer()
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
-    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 3, "seed": 11, "stop": ["one", "two three"]}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 3, "seed": 11}
+    sampling["stop"] = ["one", "two three", "\nQ:\\n\\d"]
     always = {"model": "llama2", "stream": True, "stream_options": {"include_usage": True}}
     assert bodies[0] == {"messages": messages, **sampling, **always}
     assert {name for name in bodies[1] if name not in always} == {"messages", "max_tokens"}
     assert bodies[1]["messages"][0] == {"role": "user", "content": "hi"}
 
 
-def test_a_number_out_of_range_is_marked_and_not_sent(shown: Ui) -> None:
-    shown.button("Settings").click()
-    field = shown.page.locator("#settings [name=temperature]")
-    field.fill("3")
-    expect(field).to_have_attribute("aria-invalid", "true")
-    shown.page.locator("#settings [name=max_tokens]").fill("2")
+def test_stop_texts_are_shown_as_they_were_written(shown: Ui) -> None:
+    stop = "two three\n\\nQ:\\tA\\\\n"
+    shown.set(max_tokens=2, stop=stop)
+    shown.send("hi")
+    shown.answer()
+    shown.page.reload()
+    expect(shown.page.locator("#settings [name=stop]")).to_have_value(stop)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 100, "top_p": 0.000001, "top_k": -1, "seed": -5}, {"temperature": 0, "top_k": 2147483647}],
+)
+def test_what_the_server_takes_can_be_set(shown: Ui, settings: dict[str, float]) -> None:
+    shown.set(max_tokens=2, **settings)
     with shown.page.expect_request(COMPLETIONS) as sent:
         shown.send("hi")
-    assert "temperature" not in sent.value.post_data_json
     shown.answer()
+    assert settings.items() <= sent.value.post_data_json.items()
+
+
+WRONG = {
+    "temperature": ("100.5", "A number from 0 to 100"),
+    "top_p": ("0", "A number above 0, 1 at most"),
+    "top_k": ("1.5", "A whole number from -1 to 2,147,483,647"),
+    "max_tokens": ("0", "A whole number from 1 to 2,147,483,647"),
+    "stop": ("x" * 1025, "1,024 characters in a line at most"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_that_the_server_would_refuse_is_explained_and_nothing_is_sent(shown: Ui, name: str) -> None:
+    value, allowed = WRONG[name]
+    asked: list[str] = []
+    shown.page.on("request", lambda request: asked.append(request.url) if "/chat/" in request.url else None)
+    shown.set(**{"max_tokens": 2, name: value})
+    shown.send("hi")
+    field = shown.page.locator(f"#settings [name={name}]")
+    expect(field).to_be_focused()  # the panel is open again
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(field).to_have_accessible_description(re.compile(f"^{allowed}"))
+    expect(shown.page.get_by_text(allowed)).to_be_visible()
+    expect(shown.page.locator("#notice")).to_contain_text("Not sent: “")
+    expect(shown.page.locator("#prompt")).to_have_value("hi")
+    expect(shown.page.locator(".message")).to_have_count(0)
+    assert asked == []
     shown.button("Back to defaults").click()
     expect(field).to_have_value("")
+    expect(field).to_have_attribute("aria-invalid", "false")
+    expect(shown.page.get_by_text(allowed)).to_be_hidden()
+    shown.page.locator("#settings [name=max_tokens]").fill("2")
+    shown.page.locator("#prompt").press("Enter")
+    shown.answer()
+
+
+def test_a_wrong_setting_keeps_an_answer_from_being_made_anew(shown: Ui) -> None:
+    shown.set(max_tokens=2)
+    shown.send("hi")
+    text = shown.text()
+    shown.set(temperature=-1)
+    shown.button("Answer again").click()
+    expect(shown.page.locator("#notice")).to_contain_text("Not sent: “Temperature”")
+    assert shown.text() == text
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])

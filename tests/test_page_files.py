@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
 import pytest
+
+from client.schemas.openai_chat import ChatRequest
+from client.schemas.request_body import MAX_SEED
 
 ROOT = Path(__file__).parent.parent
 WEB = ROOT / "client" / "web"
@@ -110,6 +114,38 @@ def test_no_script_makes_elements_or_code_of_text(script: str) -> None:
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|srcdoc|\beval\(|new Function|import\(",
         source,
     )
+
+
+class Numbers(HTMLParser):
+    """The ranges of the number fields of a document, by name: least, most, and whether the least is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges: dict[str, tuple[float, float, bool]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("type") == "number":
+            name, least, most = found["name"], found["min"], found["max"]
+            assert name
+            assert least
+            assert most
+            self.ranges[name] = (float(least), float(most), "data-above" in found)
+
+
+def test_the_settings_take_what_the_server_takes() -> None:
+    document = Numbers()
+    document.feed((WEB / "index.html").read_text("utf-8"))
+    fields = ChatRequest.model_json_schema()["properties"]
+    for name, (least, most, above) in document.ranges.items():
+        [number] = [one for one in fields[name].get("anyOf", [fields[name]]) if one.get("type") != "null"]
+        if name == "seed":  # only those that a browser's numbers can tell from each other
+            assert (least, most) == (-(2**53) + 1, 2**53 - 1)
+            assert number["minimum"] < least < most < MAX_SEED
+        else:
+            assert (least, most) == (number.get("exclusiveMinimum", number.get("minimum")), number["maximum"]), name
+            assert above == ("exclusiveMinimum" in number), name
+    assert set(document.ranges) == {"temperature", "top_p", "top_k", "max_tokens", "seed"}
 
 
 def strings() -> dict[str, list[str]]:

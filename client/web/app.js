@@ -24,7 +24,11 @@ class App {
     this.panels = new Panels();
     this.figures = new Figures();
     this.keyDialog = new KeyDialog(() => this.tryKey());
-    this.chat = new Chat({ changed: (conversation) => this.store(conversation), needsKey: () => this.keyDialog.ask() });
+    this.chat = new Chat({
+      changed: (conversation) => this.store(conversation),
+      needsKey: () => this.keyDialog.ask(),
+      ready: () => this.mayAsk(),
+    });
     this.settings = new Settings(() => this.conversation.messages.length && this.store(this.conversation));
     this.monitor = new Monitor(
       () => this.showState(),
@@ -139,6 +143,16 @@ class App {
     const shown = this.conversations.find(({ id }) => id === this.conversation.id);
     if (shown && shown !== this.conversation) this.show(shown);
     else this.showList();
+  }
+
+  /** Whether the next question can be asked as things are; if a setting is wrong, say so and lead there. */
+  mayAsk() {
+    const { wrong } = this.settings;
+    if (!wrong) return true;
+    if (!this.panels.isOpen("settings")) this.panels.open("settings");
+    wrong.field.focus();
+    this.notice(text("settings.notSent", wrong.label));
+    return false;
   }
 
   showList() {

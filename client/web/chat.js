@@ -11,9 +11,13 @@ const SAVE_MILLISECONDS = 2000; // while an answer comes
 const ANNOUNCED_CHARACTERS = 2000;
 
 export class Chat {
-  /** `changed(conversation)` is called after every change worth keeping, `needsKey()` if the server wants a key. */
-  constructor({ changed, needsKey }) {
+  /**
+   * `changed(conversation)` is called after every change worth keeping, `needsKey()` if the server wants a key, and
+   * `ready()` before something is asked: whether it may be.
+   */
+  constructor({ changed, needsKey, ready }) {
     this.changed = changed;
+    this.ready = ready;
     this.needsKey = needsKey;
     this.answers = new Map(); // conversation → what ends the answer that is coming
     this.views = new Map(); // message → how it is shown
@@ -72,7 +76,7 @@ export class Chat {
   /** Say what stands in the box. */
   send() {
     const content = this.prompt.value;
-    if (!content.trim() || this.answering || !this.conversation.model) return;
+    if (!content.trim() || this.answering || !this.conversation.model || !this.ready()) return;
     this.prompt.value = "";
     this.fit();
     this.say(content);
@@ -108,12 +112,14 @@ export class Chat {
   }
 
   editAndSend(message, content) {
+    if (!this.ready()) return;
     this.cutBefore(message);
     this.say(content);
     this.prompt.focus();
   }
 
   regenerate(message) {
+    if (!this.ready()) return;
     this.cutBefore(message);
     this.answer();
     this.prompt.focus();
