@@ -145,6 +145,61 @@ def test_two_tabs_do_not_undo_each_others_work(shown: Ui, standin: Serving) -> N
     expect(shown.page.locator("#conversations li")).to_have_count(0)
 
 
+def other_tab(shown: Ui) -> Ui:
+    """Another tab of the same browser, on the newest conversation."""
+    other = Ui(shown.page.context.new_page(), shown.url).open()
+    other.page.locator("#conversations .open").first.click()
+    other.answer()
+    return other
+
+
+def test_a_conversation_that_another_tab_deletes_is_closed_and_stays_away(shown: Ui) -> None:
+    shown.set(max_tokens=3, system="Be kind")
+    shown.send("old")
+    shown.answer()
+    other = other_tab(shown)
+    other.button("Delete all").click()
+    expect(shown.page.locator("#notice")).to_contain_text("deleted in another tab")
+    expect(shown.page.locator(".message")).to_have_count(0)
+    expect(shown.page.locator("#settings [name=system]")).to_have_value("Be kind")
+    shown.send("new")
+    shown.answer()
+    for tab in (shown, other):
+        expect(tab.page.locator("#conversations .open")).to_have_text(["new"])
+    other.button("Delete all").click()
+    expect(shown.page.locator("#conversations li")).to_have_count(0)
+
+
+def test_an_answer_ends_when_another_tab_deletes_its_conversation(slow: Ui, slow_standin: Serving) -> None:
+    slow.send("old")
+    expect(slow.page.locator(".message.assistant > .body")).not_to_be_empty()
+    other = Ui(slow.page.context.new_page(), slow.url).open()
+    expect(other.page.locator("#conversations .open")).to_have_text(["old"])
+    other.button("Delete all").click()
+    eventually(lambda: running(slow_standin) == 0)
+    expect(slow.page.locator(".message")).to_have_count(0)
+    expect(slow.button("Send")).to_be_visible()
+    expect(other.page.locator("#conversations li")).to_have_count(0)
+
+
+def test_a_tab_that_has_not_heard_of_it_brings_nothing_back(shown: Ui) -> None:
+    shown.set(max_tokens=3)
+    shown.send("old")
+    shown.answer()
+    # A tab hears nothing of what it removes itself, as one that sleeps hears nothing of the others.
+    shown.page.evaluate(
+        "localStorage.removeItem(Object.keys(localStorage).find((key) => key.includes('conversation/')))"
+    )
+    shown.send("new")
+    expect(shown.page.locator("#notice")).to_contain_text("deleted in another tab")
+    expect(shown.page.locator("#prompt")).to_have_value("new")
+    expect(shown.page.locator(".message")).to_have_count(0)
+    shown.page.locator("#prompt").press("Enter")
+    shown.answer()
+    expect(shown.page.locator(".message.user .body")).to_have_text(["new"])
+    expect(shown.page.locator("#conversations .open")).to_have_text(["new"])
+
+
 def test_a_full_storage_is_said_and_nothing_breaks(shown: Ui) -> None:
     shown.page.evaluate("""() => {
         for (let size = 1 << 22; size > 0; size >>= 1) {

@@ -95,6 +95,7 @@ class App {
   }
 
   store(conversation) {
+    if (this.isGone(conversation)) return this.reload();
     conversation.updated = Date.now();
     const saved = history.save(conversation);
     if (!saved && !this.full) this.notice(text("chats.full"));
@@ -133,20 +134,40 @@ class App {
     if (back) this.show(back);
   }
 
-  /** Take over what another tab has changed, but for conversations that are being answered here. */
+  /** Whether another tab has deleted a conversation, of which this one may not have heard yet. */
+  isGone(conversation) {
+    return this.conversations.includes(conversation) && !history.isStored(conversation);
+  }
+
+  /**
+   * Take over what another tab has changed, but for conversations that are being answered here. What was deleted there
+   * is closed here: nothing that is said from now on brings it back.
+   */
   reload() {
+    const gone = this.conversations.filter((one) => this.isGone(one));
+    for (const conversation of gone) this.chat.leave(conversation);
     const ours = new Map(this.conversations.map((one) => [one.id, one]));
     this.conversations = history.conversations().map((stored) => {
       const own = ours.get(stored.id);
       return own && (own.updated === stored.updated || this.chat.answers.has(own)) ? own : stored;
     });
     const shown = this.conversations.find(({ id }) => id === this.conversation.id);
-    if (shown && shown !== this.conversation) this.show(shown);
-    else this.showList();
+    if (gone.includes(this.conversation)) {
+      this.show(history.newConversation(this.conversation));
+      this.notice(text("chats.deletedElsewhere"));
+    } else if (shown && shown !== this.conversation) {
+      this.show(shown);
+    } else {
+      this.showList();
+    }
   }
 
   /** Whether the next question can be asked as things are; if a setting is wrong, say so and lead there. */
   mayAsk() {
+    if (this.isGone(this.conversation)) {
+      this.reload(); // it is closed, and said so: who asks once more begins a new one
+      return false;
+    }
     const { wrong } = this.settings;
     if (!wrong) return true;
     if (!this.panels.isOpen("settings")) this.panels.open("settings");

@@ -36,6 +36,11 @@ export function save(conversation) {
   return device.set(PREFIX + conversation.id, JSON.stringify(conversation));
 }
 
+/** Whether it is still there: another tab may have removed it. */
+export function isStored(conversation) {
+  return device.get(PREFIX + conversation.id) !== null;
+}
+
 export function remove(conversation) {
   device.remove(PREFIX + conversation.id);
 }

@@ -14,6 +14,7 @@ const STRINGS = {
   "chats.deleted": ["Deleted “{0}”", "已删除“{0}”"],
   "chats.deleteAll": ["Delete all", "全部删除"],
   "chats.deletedAll": ["Deleted all conversations", "已删除全部对话"],
+  "chats.deletedElsewhere": ["This conversation was deleted in another tab", "此对话已在另一个标签页中删除"],
   "chats.export": ["Export this conversation", "导出此对话"],
   "chats.private": ["Kept in this browser only", "仅保存在此浏览器中"],
   "chats.full": [
