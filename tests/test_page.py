@@ -222,6 +222,16 @@ def test_what_a_model_thinks_first_is_folded_away(shown: Ui) -> None:
     expect(thought).to_be_visible()
 
 
+@pytest.mark.parametrize(("pieces", "tokens"), [(["one", " two"], 2), (["all at once"], 9)])
+def test_a_short_answer_has_no_rate(shown: Ui, pieces: list[str], tokens: int) -> None:
+    usage = {"choices": [], "usage": {"completion_tokens": tokens}}
+    answer_with(shown.page, stream_of(pieces, end=[usage, "[DONE]"]))
+    shown.send("hi")
+    meta = shown.answer().locator(".meta")
+    expect(meta).to_contain_text(f"{tokens} tokens")
+    expect(meta).not_to_contain_text("tokens/s")
+
+
 def test_a_stream_without_its_end_is_an_error(shown: Ui) -> None:
     answer_with(shown.page, stream_of(["So ", "far"], end=[]))
     shown.send("hi")
@@ -273,14 +283,27 @@ def test_agents_that_are_away_are_shown(browser: Browser, tmp_path: Path) -> Non
         expect(page.locator("#banner")).to_be_hidden()
 
 
+def test_the_charts_say_what_they_span(browser: Browser, standin: Serving) -> None:
+    with ui(browser, standin.url) as opened:
+        opened.page.clock.install()
+        opened.open()
+        caption = opened.page.locator("#figures")
+        expect(caption).to_contain_text("The charts show the last 1 min")
+        for seconds in range(20, 420, 20):
+            opened.page.clock.fast_forward(20_000)
+            minutes = min(max(seconds // 60, 1), 5)
+            expect(caption).to_contain_text(f"The charts show the last {minutes} min")
+
+
 def test_the_figures_are_those_of_the_moment(slow: Ui) -> None:
-    chart = slow.page.locator(".chart", has_text="Batch")
+    chart = slow.page.locator(".chart", has_text="Running")
     expect(chart.locator(".value")).to_have_text("0")
     expect(chart.locator(".unit")).to_have_text("of 2")
     slow.send("hi " * 1000)  # enough to be seen in the cache
     expect(chart.locator(".value")).to_have_text("1")
     expect(slow.page.locator(".chart", has_text="Cache").locator(".value")).not_to_have_text("0.0")
     expect(slow.page.locator(".chart", has_text="Output").locator(".value")).not_to_have_text("0")
+    expect(slow.page.locator("#figures")).to_contain_text("The charts show the last 1 min")
     picture = slow.page.locator(".chart", has_text="Output").get_by_role("img")
     assert "Output: now" in (picture.get_attribute("aria-label") or "")
     slow.button("Stop").click()

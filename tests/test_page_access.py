@@ -188,6 +188,11 @@ def test_a_chinese_browser_gets_a_chinese_page(browser: Browser, standin: Servin
         seen = page.locator("body").inner_text()
         assert not {word for word in ("Send", "Status", "Queue", "tokens", "Ready", "default") if word in seen}
         assert opened.narrower_than_the_window()
+        expect(page.locator("#figures")).to_contain_text(re.compile(r"已运行 \d+(秒|分钟|小时)"))
+        expect(page.locator("#figures")).to_contain_text("图表显示最近 1分钟")
+        opened.button("设置").click()
+        page.locator("#settings [name=temperature]").fill("101")
+        expect(page.get_by_text("0 到 100 之间的数")).to_be_visible()
 
 
 def test_motion_is_left_out_if_asked(browser: Browser, slow_standin: Serving) -> None:

@@ -3,9 +3,9 @@
 import { Chart } from "./chart.js";
 import { byId, element } from "./dom.js";
 import { WINDOW_SECONDS } from "./monitor.js";
-import { number, text } from "./strings.js";
+import { measure, number, text } from "./strings.js";
 
-const LEAST_SECONDS = 60; // that a chart spans: at first there is little to show, later WINDOW_SECONDS
+const MINUTE = 60; // seconds
 
 export class Figures {
   constructor() {
@@ -25,7 +25,13 @@ export class Figures {
     const names = status.models.map((model) => model.names.join(", ")).join("; ");
     if (names !== this.shown) this.build(status, names);
     this.place.classList.toggle("old", state === "away" || state === "locked");
-    for (const model of status.models) this.models.get(model.names[0]).show(model, samples.get(model.names[0]));
+    const now = performance.now() / 1000;
+    const span = spanOf(samples, now);
+    for (const model of status.models) {
+      const [name] = model.names;
+      this.models.get(name).show(model, samples.get(name), now, span);
+    }
+    this.span.textContent = text("status.window", measure(span / MINUTE, "minute"));
     this.about.textContent = text("status.about", status.version, duration(status.uptime_seconds));
   }
 
@@ -34,8 +40,8 @@ export class Figures {
     this.shown = names;
     for (const model of status.models) this.models.set(model.names[0], new ModelFigures(model));
     this.about = element("p", { class: "fine" });
-    const span = element("p", { class: "fine" }, text("status.window", WINDOW_SECONDS / 60));
-    this.place.replaceChildren(...[...this.models.values()].map(({ node }) => node), span, this.about);
+    this.span = element("p", { class: "fine" });
+    this.place.replaceChildren(...[...this.models.values()].map(({ node }) => node), this.span, this.about);
   }
 }
 
@@ -62,14 +68,14 @@ class ModelFigures {
     );
   }
 
-  show(model, samples) {
-    const now = performance.now() / 1000;
-    const span = Math.min(Math.max(now - samples[0].time, LEAST_SECONDS), WINDOW_SECONDS);
+  /** Show what a model does, and the `seconds` before `now`. */
+  show(model, samples, now, seconds) {
+    const shown = samples.filter(({ time }) => now - time <= seconds);
     for (const [chart, value] of this.charts)
       chart.draw(
-        samples.map((sample) => [sample.time, value(sample)]),
+        shown.map((sample) => [sample.time, value(sample)]),
         now,
-        span,
+        seconds,
       );
     this.facts.replaceChildren(
       ...fact("status.context", number(model.context_length)),
@@ -94,14 +100,20 @@ function agentLine({ address, connected }, ready) {
   );
 }
 
+/** The seconds that charts span: the whole minutes of which all is known, one at least and WINDOW_SECONDS at most. */
+function spanOf(samples, now) {
+  const first = Math.min(...[...samples.values()].map(([sample]) => sample.time));
+  return Math.min(Math.max(Math.floor((now - first) / MINUTE), 1) * MINUTE, WINDOW_SECONDS);
+}
+
 /** Days, hours, minutes, as short as it is clear. */
 function duration(seconds) {
-  const minutes = Math.floor(seconds / 60);
+  const minutes = Math.floor(seconds / MINUTE);
   const parts = [
-    [Math.floor(minutes / 1440), "d"],
-    [Math.floor(minutes / 60) % 24, "h"],
-    [minutes % 60, "min"],
+    [Math.floor(minutes / 1440), "day"],
+    [Math.floor(minutes / 60) % 24, "hour"],
+    [minutes % 60, "minute"],
   ];
-  const told = parts.filter(([value]) => value > 0).map(([value, unit]) => `${value} ${unit}`);
-  return told.length ? told.join(" ") : `${Math.floor(seconds)} s`;
+  const told = parts.filter(([value]) => value > 0).map(([value, unit]) => measure(value, unit));
+  return told.length ? told.join(" ") : measure(Math.floor(seconds), "second");
 }

@@ -2,7 +2,11 @@
 
 import { element, iconButton } from "./dom.js";
 import { showMarkdown } from "./markdown.js";
-import { number, text } from "./strings.js";
+import { measure, number, text } from "./strings.js";
+
+// An answer with less than this has no rate worth telling.
+const RATED_TOKENS = 3;
+const RATED_SECONDS = 0.02;
 
 export class MessageView {
   /** `actions` has edit(message, content), regenerate(message) and copy(content, button). */
@@ -29,7 +33,7 @@ export class MessageView {
     if (message.role === "user") this.body.textContent = message.content;
     else this.showAnswer();
     this.body.classList.toggle("waiting", message.state === "answering" && !message.content);
-    this.meta.textContent = message.role === "user" ? "" : describe(message);
+    if (message.role === "assistant") this.meta.replaceChildren(...describe(message));
     this.showError();
     this.showButtons();
   }
@@ -127,19 +131,23 @@ function partsOf(content) {
   return { thought: found[1].trim(), answer: content.slice(found[0].length), complete: found[2] !== "" };
 }
 
+/** What is known of how an answer came about. A narrow page leaves out what has a class, which is never the first. */
 function describe({ state, stats, model, content }) {
-  if (state === "answering" && !content) return text("answer.waiting");
+  if (state === "answering" && !content) return [text("answer.waiting")];
   const parts = [];
-  if (stats?.seconds) parts.push(text("answer.rate", number((stats.tokens - 1) / stats.seconds, 1)));
-  if (stats?.ttft) parts.push(text("answer.ttft", seconds(stats.ttft)));
-  if (stats?.tokens) parts.push(text(stats.exact ? "answer.tokens" : "answer.atLeast", number(stats.tokens)));
-  if (stats?.finish === "length") parts.push(text("answer.length"));
-  if (state === "stopped") parts.push(text("answer.stopped"));
-  if (state === "done" && !content) parts.push(text("answer.empty"));
-  if (model) parts.push(model);
-  return parts.join(" · ");
+  const tell = (part, name) => parts.push(element("span", { class: name }, parts.length ? " · " : null, part));
+  if (stats?.tokens) tell(text(stats.exact ? "answer.tokens" : "answer.atLeast", number(stats.tokens)));
+  if (stats?.tokens >= RATED_TOKENS && stats.seconds >= RATED_SECONDS) {
+    tell(text("answer.rate", number((stats.tokens - 1) / stats.seconds, 1)));
+  }
+  if (stats?.ttft) tell(text("answer.ttft", seconds(stats.ttft)), "ttft");
+  if (stats?.finish === "length") tell(text("answer.length"));
+  if (state === "stopped") tell(text("answer.stopped"));
+  if (state === "done" && !content) tell(text("answer.empty"));
+  if (model) tell(model, "model");
+  return parts;
 }
 
 function seconds(value) {
-  return value < 1 ? `${number(value * 1000)} ms` : `${number(value, 1)} s`;
+  return value < 1 ? measure(value * 1000, "millisecond") : measure(value, "second", 1);
 }

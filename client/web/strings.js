@@ -144,17 +144,17 @@ const STRINGS = {
   "status.none": ["No figures yet", "暂无数据"],
   "status.generation": ["Output", "输出"],
   "status.prompt": ["Input", "输入"],
-  "status.running": ["Batch", "批大小"],
+  "status.running": ["Running", "运行中"],
   "status.waiting": ["Queue", "队列"],
   "status.cache": ["Cache", "缓存"],
   "status.rate": ["tokens/s", "词元/秒"],
   "status.of": ["of {0}", "/ {0}"],
   "status.requests": ["requests", "个请求"],
   "status.percent": ["% in use", "% 已用"],
-  "status.window": ["The last {0} minutes, since this page was opened", "最近 {0} 分钟（自打开此页面起）"],
+  "status.window": ["The charts show the last {0}", "图表显示最近 {0}"],
   "status.chart": ["{0}: now {1} {2}, at most {3} lately", "{0}：当前 {1} {2}，近期最高 {3}"],
   "status.context": ["Context", "上下文"],
-  "status.preemptions": ["Preempted", "被抢占"],
+  "status.preemptions": ["Preemptions", "抢占次数"],
   "status.about": ["Version {0} · running for {1}", "版本 {0} · 已运行 {1}"],
   "status.agents": ["Agents", "代理进程"],
   "agent.ready": ["answers", "正常"],
@@ -176,6 +176,12 @@ export function text(key, ...values) {
 export function number(value, digits = 0) {
   const format = { minimumFractionDigits: digits, maximumFractionDigits: digits };
   return value.toLocaleString(language(), format);
+}
+
+/** A number with its unit, as short as it is clear: one of those that Intl knows. */
+export function measure(value, unit, digits = 0) {
+  const fraction = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  return value.toLocaleString(language(), { style: "unit", unit, unitDisplay: "short", ...fraction });
 }
 
 /** Go to the other language, and remember it. */
