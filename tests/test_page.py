@@ -193,7 +193,8 @@ def test_what_the_server_refuses_is_said_and_can_be_tried_again(shown: Ui) -> No
     shown.set(max_tokens=100000)
     shown.send("hi")
     error = shown.answer("failed").locator(".error")
-    expect(error).to_contain_text("The server refuses this request: max_tokens:")
+    expect(error).to_contain_text("shorten the question")
+    expect(error.locator(".detail")).to_contain_text("max_tokens:")
     shown.set(max_tokens=3)
     error.get_by_role("button", name="Try again").click()
     shown.answer()
@@ -207,9 +208,84 @@ def test_an_error_in_the_middle_keeps_the_text_so_far(shown: Ui) -> None:
     shown.send("hi")
     failed = shown.answer("failed")
     expect(failed.locator("> .body")).to_have_text("So far")
-    expect(failed.locator(".error")).to_contain_text("The server could not finish: the model is out of ink")
+    expect(failed.locator(".error")).to_contain_text("The server could not finish. the model is out of ink")
     failed.get_by_role("button", name="Try again").click()
     assert "So far" not in shown.text()
+
+
+# Status and code of an error, and what a Chinese page says of it.
+TOLD = {
+    (401, "invalid_api_key"): "不接受此 API 密钥",
+    (400, "context_length_exceeded"): "超出模型的上下文长度",
+    (400, None): "服务器拒绝了此请求",
+    (429, "queue_full"): "服务器繁忙",
+    (429, None): "服务器繁忙",
+    (429, "queue_timeout"): "未能及时处理",
+    (408, None): "未能及时处理",
+    (503, "agents_unavailable"): "代理进程尚未就绪",
+    (503, "shutting_down"): "服务器正在关闭",
+    (500, None): "服务器未能完成回答",
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "streamed"),
+    [(*case, False) for case in TOLD] + [(status, code, True) for status, code in TOLD if code or status == 500],
+)
+def test_an_error_is_said_in_the_language_of_the_page(
+    browser: Browser, standin: Serving, status: int, code: str | None, streamed: bool
+) -> None:
+    error = {"error": {"message": "in the server's words", "type": "x", "param": None, "code": code}}
+    with ui(browser, standin.url, locale="zh-CN") as opened:
+        opened.forgiven = NET_ERROR
+        page = opened.open().page
+        if streamed:  # it has begun, so that only the code says what kind of error it is
+            answer_with(page, stream_of(["So far"], end=[error]))
+        else:
+            page.route(COMPLETIONS, lambda route: route.fulfill(status=status, json=error))
+        opened.send("hi")
+        told = opened.answer("failed").locator(".error")
+        expect(told).to_contain_text(TOLD[status, code])
+        expect(told.locator(".detail")).to_have_text("in the server's words")
+
+
+def test_a_network_that_fails_is_said_in_the_language_of_the_page(browser: Browser, standin: Serving) -> None:
+    with ui(browser, standin.url, locale="zh-CN") as opened:
+        opened.forgiven = NET_ERROR
+        opened.open().page.route(COMPLETIONS, lambda route: route.abort())
+        opened.send("hi")
+        expect(opened.answer("failed").locator(".error")).to_contain_text("无法连接服务器")
+        expect(opened.page.locator(".error .detail")).to_have_count(0)
+
+
+def test_a_failed_question_is_not_sent_along_and_can_be_changed(shown: Ui, client: httpx.Client) -> None:
+    shown.forgiven = NET_ERROR
+    settings = {"temperature": 0, "max_tokens": 12}
+    shown.set(**settings)
+    shown.send("first")
+    first = shown.text()
+    shown.send("long " * 5000)
+    failed = shown.answer("failed")
+    expect(failed.locator(".error")).to_contain_text("does not fit into the model")
+    expect(failed.locator(".meta")).to_contain_text("this question is not sent along with the next one")
+    expect(shown.button("Answer again")).to_have_count(0)  # it would do what "Try again" does
+    expect(shown.button("Try again")).to_have_count(1)
+    expect(shown.page.locator(".message.user").last.locator(".buttons")).to_have_css("opacity", "1")
+    with shown.page.expect_request(COMPLETIONS) as sent:
+        shown.send("second")
+    spoken = [(one["role"], one["content"].strip()) for one in sent.value.post_data_json["messages"]]
+    assert [role for role, _ in spoken] == ["user", "assistant", "user"]
+    assert (spoken[0][1], spoken[2][1]) == ("first", "second")
+    assert same_words(first, spoken[1][1])
+    expect(shown.page.locator(".message")).to_have_count(6)
+    shown.answer()
+    shown.page.locator(".message.user").nth(1).hover()
+    shown.button("Edit").nth(1).click()
+    shown.page.get_by_label("Edit the message").fill("short")
+    shown.page.keyboard.press("Enter")
+    expect(shown.page.locator(".message")).to_have_count(4)
+    expect(shown.page.locator(".message.user .body").last).to_have_text("short")
+    shown.answer()
 
 
 def test_what_a_model_thinks_first_is_folded_away(shown: Ui) -> None:

@@ -270,14 +270,15 @@ export class Chat {
 }
 
 /**
- * The body of the request for the next answer. Answers that brought no text are left out, and the questions around them
- * become one: many chat templates want question and answer in turn.
+ * The body of the request for the next answer. A question that got no text for an answer is left out: what made it fail
+ * would make the next one fail too, and many chat templates want question and answer in turn.
  */
 function requestOf({ model, system, sampling, messages }) {
-  const spoken = system.trim() ? [{ role: "system", content: system }] : [];
-  for (const { role, content } of messages.filter((message) => message.content)) {
-    if (spoken.at(-1)?.role === role) spoken.at(-1).content += `\n\n${content}`;
-    else spoken.push({ role, content });
-  }
+  const told = messages.filter(({ role, content }, i) => {
+    if (role === "assistant") return content;
+    return i === messages.length - 1 || messages[i + 1].content;
+  });
+  const spoken = told.map(({ role, content }) => ({ role, content }));
+  if (system.trim()) spoken.unshift({ role: "system", content: system });
   return { model, ...sampling, messages: spoken };
 }

@@ -91,7 +91,8 @@ export class MessageView {
       { type: "button", class: "quiet again", onclick: () => this.actions.regenerate(this.message) },
       text("retry"),
     );
-    this.error.replaceChildren(element("span", {}, errorText(error)), retry);
+    const detail = error.message ? element("span", { class: "detail", lang: "en" }, error.message) : null;
+    this.error.replaceChildren(element("p", {}, element("span", {}, text(`error.${error.kind}`)), " ", detail), retry);
   }
 
   showButtons() {
@@ -100,12 +101,18 @@ export class MessageView {
     if (this.buttons.dataset.shown === wanted) return; // while it streams, the buttons keep the focus
     this.buttons.dataset.shown = wanted;
     if (message.state === "answering") return this.buttons.replaceChildren();
-    const copy = iconButton("copy", text("copy"), () => actions.copy(message.content, copy));
-    const change =
-      message.role === "user"
-        ? iconButton("edit", text("edit"), () => actions.startEdit(message))
-        : iconButton("retry", text("regenerate"), () => actions.regenerate(message), { class: "icon-button again" });
-    this.buttons.replaceChildren(...(message.content ? [copy] : []), change);
+    const buttons = [];
+    if (message.content) {
+      const copy = iconButton("copy", text("copy"), () => actions.copy(message.content, copy));
+      buttons.push(copy);
+    }
+    if (message.role === "user") {
+      buttons.push(iconButton("edit", text("edit"), () => actions.startEdit(message)));
+    } else if (message.state !== "failed") {
+      const again = () => actions.regenerate(message); // after a failure, the error has a button for it
+      buttons.push(iconButton("retry", text("regenerate"), again, { class: "icon-button again" }));
+    }
+    this.buttons.replaceChildren(...buttons);
   }
 }
 
@@ -117,11 +124,6 @@ export function sends(event) {
 /** Whether a key press belongs to an input method. Safari says so of its last one by a key code only. */
 export function composes(event) {
   return event.isComposing || event.keyCode === 229;
-}
-
-/** What went wrong, in the language of the page; the server's own words as they are. */
-function errorText({ kind, message }) {
-  return text(`error.${kind}`, message);
 }
 
 /** What a reasoning model writes before its answer, in `<think>`, and the answer. */
@@ -144,6 +146,7 @@ function describe({ state, stats, model, content }) {
   if (stats?.finish === "length") tell(text("answer.length"));
   if (state === "stopped") tell(text("answer.stopped"));
   if (state === "done" && !content) tell(text("answer.empty"));
+  if (!content) tell(text("answer.leftOut"));
   if (model) tell(model, "model");
   return parts;
 }

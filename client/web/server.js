@@ -8,8 +8,9 @@ const BASE = new URL(".", document.baseURI);
 /**
  * What went wrong with a request.
  *
- * `kind` is what a person can do about it: "away" (no answer), "key" (a key is missing or wrong), "busy", "unavailable"
- * (not ready), "refused" (the request itself), "failed" (the server's own fault), "cut" (a stream without its end).
+ * `kind` is what a person can do about it: "away" (no answer), "key" (a key is missing or wrong), "busy" (the queue is
+ * full), "late" (it took too long), "unavailable" (no agents), "stopping", "long" (no room in the context), "refused" (the
+ * request itself), "failed" (the server's own fault), "cut" (a stream without its end). `message` has the server's words.
  */
 export class ServerError extends Error {
   constructor(kind, message = "") {
@@ -17,6 +18,24 @@ export class ServerError extends Error {
     this.kind = kind;
   }
 }
+
+const KINDS = new Map([
+  ["agents_unavailable", "unavailable"],
+  ["context_length_exceeded", "long"],
+  ["invalid_api_key", "key"],
+  ["queue_full", "busy"],
+  ["queue_timeout", "late"],
+  ["shutting_down", "stopping"],
+]); // by code
+const STATUS_KINDS = new Map([
+  [401, "key"],
+  [403, "key"],
+  [408, "late"],
+  [429, "busy"],
+  [502, "away"], // a proxy whose server is away
+  [503, "unavailable"],
+  [504, "late"],
+]);
 
 /** The names that can be asked. */
 export async function models() {
@@ -45,7 +64,7 @@ export async function* chat(body, signal) {
   for await (const data of events(response.body, signal)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError("failed", messageOf(chunk));
+    if (chunk.error) throw problemOf(chunk);
     const [choice] = chunk.choices;
     if (choice?.delta?.content) yield { text: choice.delta.content };
     if (choice?.finish_reason) yield { finish: choice.finish_reason };
@@ -64,15 +83,14 @@ async function request(path, options = {}) {
     throw options.signal?.aborted ? error : new ServerError("away");
   }
   if (response.ok) return response;
-  throw new ServerError(kindOf(response.status), messageOf(await bodyOf(response)) || `HTTP ${response.status}`);
+  throw problemOf(await bodyOf(response), response.status);
 }
 
-function kindOf(status) {
-  if (status === 401 || status === 403) return "key";
-  if (status === 429) return "busy";
-  if (status === 502 || status === 504) return "away"; // a proxy whose server is away
-  if (status === 503) return "unavailable";
-  return status >= 500 ? "failed" : "refused";
+/** What an error's body says, as OpenAI writes it or as our other routes do; in a stream there is no status with it. */
+function problemOf(body, status = 500) {
+  const error = typeof body?.error === "string" ? { message: body.error } : (body?.error ?? {});
+  const kind = KINDS.get(error.code) ?? STATUS_KINDS.get(status) ?? (status >= 500 ? "failed" : "refused");
+  return new ServerError(kind, error.message || `HTTP ${status}`);
 }
 
 async function bodyOf(response) {
@@ -81,12 +99,6 @@ async function bodyOf(response) {
   } catch {
     return null; // not from our server, or cut
   }
-}
-
-/** The message of an error, as OpenAI writes it or as our other routes do. */
-function messageOf(body) {
-  const error = body?.error;
-  return typeof error === "string" ? error : (error?.message ?? "");
 }
 
 /** The data of each server-sent event of a stream. */
