@@ -139,9 +139,10 @@ def answer_with(page: Page, body: str, *, times: int | None = None) -> None:
     page.route(COMPLETIONS, fulfil, times=times)
 
 
-def contrast(page: Page, selector: str) -> float:
-    """Of the first such element's text with what is behind it, as WCAG defines it: 1 to 21."""
-    ratio: float = page.locator(selector).first.evaluate("""element => {
+def contrast(page: Page, selector: str, of: str = "color") -> float:
+    """Of the first such element's text, or other colour, with what is behind it, as WCAG defines it: 1 to 21."""
+    ratio: float = page.locator(selector).first.evaluate(
+        """(element, of) => {
         const parse = (color) => {
             const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
             canvas.fillStyle = color;
@@ -162,9 +163,11 @@ def contrast(page: Page, selector: str) -> float:
             const [r, g, b] = rgb.map((v) => linear(v / 255));
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
         };
-        const both = [luminance(parse(getComputedStyle(element).color)), luminance(behind)];
+        const both = [luminance(parse(getComputedStyle(element)[of])), luminance(behind)];
         return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
-    }""")
+    }""",
+        of,
+    )
     return ratio
 
 

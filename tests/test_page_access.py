@@ -157,6 +157,46 @@ def test_text_stands_out_in_both_colours(browser: Browser, standin: Serving, sch
         assert is_dark(page) == (scheme == "dark")
 
 
+EDGES = "#composer, #new, .examples button, #settings [name=system], #settings [name=top_k], #settings [name=stop]"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_edges_of_controls_can_be_seen_in_both_colours(browser: Browser, standin: Serving, scheme: str) -> None:
+    with ui(browser, standin.url, color_scheme=scheme) as opened:
+        page = opened.open().page
+        opened.button("Settings").click()
+        edges = {edge: contrast(page, edge, "borderTopColor") for edge in EDGES.split(",")}
+        assert {edge: ratio for edge, ratio in edges.items() if ratio < 3} == {}
+        page.locator("#settings [name=top_k]").fill("-2")
+        assert contrast(page, "#set-top_k-wrong") >= 4.5
+
+
+def test_an_answer_stands_near_its_question(shown: Ui) -> None:
+    shown.set(max_tokens=3)
+    shown.send("hi")
+    shown.answer()
+    question = shown.page.locator(".message.user .body").bounding_box()
+    answer = shown.page.locator(".message.assistant > .body").bounding_box()
+    assert question
+    assert answer
+    assert 4 < answer["y"] - question["y"] - question["height"] < 20
+
+
+def test_what_is_told_of_an_answer_has_one_line_on_a_phone(browser: Browser, standin: Serving) -> None:
+    for locale in ("en-US", "zh-CN"):
+        with ui(browser, standin.url, viewport=PHONE, has_touch=True, is_mobile=True, locale=locale) as opened:
+            opened.open()
+            pieces = (
+                {"choices": [{"delta": {}, "finish_reason": "length"}]},
+                {"choices": [], "usage": {"completion_tokens": 1234}},
+            )
+            answer_with(opened.page, stream_of(["one", "two"], end=[*pieces, "[DONE]"]))
+            opened.send("hi")
+            meta = opened.answer().locator(".meta")
+            assert meta.evaluate("node => node.scrollWidth <= node.clientWidth")
+            assert meta.evaluate("node => node.clientHeight < 2 * parseFloat(getComputedStyle(node).fontSize)")
+
+
 def is_dark(page: Page) -> bool:
     color: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
     red, green, blue = map(int, re.findall(r"\d+", color))
