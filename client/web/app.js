@@ -7,6 +7,7 @@ import * as history from "./history.js";
 import { KeyDialog, apiKey, forgetKey } from "./key.js";
 import { composes } from "./message.js";
 import { Monitor } from "./monitor.js";
+import { notify } from "./notice.js";
 import { Panels } from "./panels.js";
 import { models } from "./server.js";
 import { Settings } from "./settings.js";
@@ -16,7 +17,6 @@ import { language, localise, switchLanguage, text } from "./strings.js";
 const CURRENT = "mindspore-ui/current"; // in this tab: the conversation on view
 const THEME = "mindspore-ui/theme";
 const THEMES = ["auto", "light", "dark"];
-const NOTICE_MILLISECONDS = 10000;
 
 class App {
   constructor() {
@@ -98,7 +98,7 @@ class App {
     if (this.isGone(conversation)) return this.reload();
     conversation.updated = Date.now();
     const saved = history.save(conversation);
-    if (!saved && !this.full) this.notice(text("chats.full"));
+    if (!saved && !this.full) notify(text("chats.full"));
     this.full = !saved; // said once, not at every piece of an answer
     this.conversations = [conversation, ...this.conversations.filter((other) => other.id !== conversation.id)];
     this.showList();
@@ -111,7 +111,7 @@ class App {
     if (conversation === this.conversation) this.show(history.newConversation(conversation));
     else this.showList();
     const title = history.titleOf(conversation);
-    this.notice(text("chats.deleted", title), () => this.restore([conversation]));
+    notify(text("chats.deleted", title), () => this.restore([conversation]));
     byId("new").focus();
   }
 
@@ -124,7 +124,7 @@ class App {
     }
     this.conversations = [];
     this.show(history.newConversation(this.conversation));
-    this.notice(text("chats.deletedAll"), () => this.restore(removed));
+    notify(text("chats.deletedAll"), () => this.restore(removed));
   }
 
   restore(removed) {
@@ -154,7 +154,7 @@ class App {
     const shown = this.conversations.find(({ id }) => id === this.conversation.id);
     if (gone.includes(this.conversation)) {
       this.show(history.newConversation(this.conversation));
-      this.notice(text("chats.deletedElsewhere"));
+      notify(text("chats.deletedElsewhere"));
     } else if (shown && shown !== this.conversation) {
       this.show(shown);
     } else {
@@ -172,7 +172,7 @@ class App {
     if (!wrong) return true;
     if (!this.panels.isOpen("settings")) this.panels.open("settings");
     wrong.field.focus();
-    this.notice(text("settings.notSent", wrong.label));
+    notify(text("settings.notSent", wrong.label));
     return false;
   }
 
@@ -292,21 +292,6 @@ class App {
   showTheme() {
     setIcon(byId("theme"), this.theme);
     setLabel(byId("theme"), text(`theme.${this.theme}`));
-  }
-
-  /** Say something at the foot of the page for a while, with a way to take it back. */
-  notice(message, undo) {
-    const place = byId("notice");
-    const close = () => (place.hidden = true);
-    const button = element("button", { type: "button", class: "link" }, text(undo ? "undo" : "dismiss"));
-    button.addEventListener("click", () => {
-      close();
-      undo?.();
-    });
-    place.replaceChildren(element("span", {}, message), button);
-    place.hidden = false;
-    clearTimeout(this.noticeTimer);
-    this.noticeTimer = setTimeout(close, NOTICE_MILLISECONDS);
   }
 }
 
