@@ -51,6 +51,7 @@ def _load(settings: AgentSettings) -> tuple[TimedRunner, Agent]:
     where = place(settings)
     if model.target == "ascend":
         logger.info("device %d, which the host numbers %d", where.device, host_device(where.device))
+    os.sched_setaffinity(0, where.cpus)  # before the runtime starts its threads, which keep to the same
     runner = TimedRunner(open_runner(model, where, limits), limits)
     agent = Agent(runner, limits, rank=where.rank, world_size=where.world_size)
     agent.warm_up()

@@ -6,9 +6,11 @@ which of the host's devices those are; tools like ``npu-smi`` keep to the host's
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,23 +33,41 @@ class Place:
     world_size: int
     device: int  # among those that the process sees; a CPU has only 0
     threads: int  # of operators on a CPU
+    cpus: frozenset[int]  # that it keeps to, by the system's numbers
 
 
 def place(settings: AgentSettings) -> Place:
     """The place of an agent."""
     model = settings.model
     number = model.agent_ports.index(settings.port)
+    neighbours = cpu_ports(settings.config)
+    cpus = frozenset(os.sched_getaffinity(0))
+    if settings.port in neighbours and model.threads is None and cpu_quota() >= len(cpus):
+        cpus = core_shares(len(neighbours))[neighbours.index(settings.port)]
     return Place(
         rank=settings.rank,
         world_size=settings.world_size,
         device=model.device_ids[number] if model.target == "ascend" else 0,
-        threads=model.threads or max(1, physical_cores() // cpu_ranks(settings.config)),
+        threads=model.threads or max(1, physical_cores() // max(1, len(neighbours))),
+        cpus=cpus,
     )
 
 
-def cpu_ranks(config: ServingConfig) -> int:
-    """How many agents of a deployment share this host's cores; at least one."""
-    return max(1, sum(len(model.agent_ports) for model in config.models if model.target == "cpu"))
+def cpu_ports(config: ServingConfig) -> list[int]:
+    """The agents of a deployment that share this host's cores."""
+    return [port for model in config.models if model.target == "cpu" for port in model.agent_ports]
+
+
+def core_shares(agents: int) -> list[frozenset[int]]:
+    """The CPUs that this process may use, divided among so many agents: to each its own cores, which are neighbours.
+
+    Where there are fewer cores than agents, each has them all.
+    """
+    cores = list(cores_by_place().values())
+    if len(cores) < agents:
+        return [frozenset().union(*cores)] * agents
+    ends = [len(cores) * i // agents for i in range(agents + 1)]
+    return [frozenset().union(*cores[first:last]) for first, last in itertools.pairwise(ends)]
 
 
 def host_device(device: int, environment: Mapping[str, str] = os.environ) -> int:
@@ -96,15 +116,20 @@ def visible_devices(text: str) -> list[int]:
 
 def physical_cores() -> int:
     """The CPU cores that this process may use, threads of one core counted once where the system tells."""
-    cores = set()
+    return min(len(cores_by_place()), cpu_quota())
+
+
+def cores_by_place() -> dict[tuple[int, int], frozenset[int]]:
+    """The CPUs of each core that this process may use, by socket and number in it, neighbours beside each other."""
+    cores: dict[tuple[int, int], set[int]] = defaultdict(set)
     for cpu in os.sched_getaffinity(0):
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
-            package, core = ((topology / name).read_text() for name in ("physical_package_id", "core_id"))
-        except OSError:
-            package, core = "", str(cpu)
-        cores.add((package, core))
-    return min(len(cores), cpu_quota())
+            package, core = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+        except (OSError, ValueError):
+            package, core = -1, cpu
+        cores[package, core].add(cpu)
+    return {place: frozenset(cores[place]) for place in sorted(cores)}
 
 
 def cpu_quota() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from agent import placement
 from agent.lifeline import AgentSettings
 from agent.placement import (
     VISIBLE_DEVICES,
@@ -74,3 +75,26 @@ def test_cores_are_divided_among_all_cpu_agents() -> None:
     many = config({"agent_ports": tuple(range(1, 1000))}, {"agent_ports": (1000,)})
     assert place(AgentSettings(many, 1, 0, 0)).threads == 1
     assert place(AgentSettings(config({"threads": 7}, {}), 0, 0, 0)).threads == 7
+
+
+TWO_SOCKETS = {(0, 0): {0, 4}, (0, 1): {1, 5}, (1, 0): {2, 6}, (1, 1): {3, 7}}  # CPUs of each core
+
+
+def test_several_agents_keep_to_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(placement, "cores_by_place", lambda: {p: frozenset(cpus) for p, cpus in TWO_SOCKETS.items()})
+    monkeypatch.setattr(placement, "cpu_quota", lambda: 99)
+
+    def cpus_of(*models: dict[str, Any], model: int = 0, rank: int = 0) -> frozenset[int]:
+        return place(AgentSettings(config(*models), model, 0, rank)).cpus
+
+    everything = frozenset(range(8))
+    two = {"agent_ports": (1, 2)}
+    assert cpus_of({}) == everything
+    assert [cpus_of(two, rank=rank) for rank in (0, 1)] == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    assert cpus_of({"agent_ports": (3,)}, two, model=1, rank=1) == {2, 3, 6, 7}
+    assert cpus_of({**two, "threads": 4}) == everything, "who chooses threads knows of more than this deployment"
+    assert cpus_of({"agent_ports": tuple(range(1, 6))}) == everything, "more agents than cores"
+    assert cpus_of({**two, "target": "ascend"}) == everything
+    monkeypatch.setattr(placement, "cpu_quota", lambda: 4)
+    assert cpus_of(two) == everything, "other containers have the same CPUs"
