@@ -17,6 +17,7 @@ from models.generations import SERVED, SLOTS, TOKENS, WHAT_IT_IS, Generation, Ro
 from models.graph_file import ASCEND_OPERATORS, COLLECTIVES, GONE_OPERATORS, KNOWN_VERSION, GraphFile
 
 Device = Literal["cpu", "ascend"]
+Way = Literal["cpu", "ascend", "mindspore_lite"]  # to run a pair: MindSpore on either device, or Lite on Ascend
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def paged_mismatches(contract: Contract) -> Iterator[str]:
             yield f"{phase} takes {rows} x {width} tokens and slots for {slots}"
 
 
-def obstacles(contract: Contract, device: Device) -> Iterator[str]:
-    """Why a pair cannot be run on this kind of device by an agent of this project."""
+def obstacles(contract: Contract, way: Way) -> Iterator[str]:
+    """Why a pair cannot be run in this way by an agent of this project. What stops Lite stops all of them."""
     graphs = contract.prefill, contract.decode
     operators = graphs[0].operators | graphs[1].operators
     if (version := max(graph.version for graph in graphs)) > KNOWN_VERSION:
@@ -114,14 +115,21 @@ def obstacles(contract: Contract, device: Device) -> Iterator[str]:
         yield f"it has operators of a foreign library, which is code: {', '.join(libraries)}"
     if gone := sorted(operators & GONE_OPERATORS):
         yield f"it uses {', '.join(gone)}, which MindSpore has no more: only MindSpore-Lite of its time runs it"
-    if shared := sorted(operators & COLLECTIVES):
-        yield f"it is one of several ranks (it uses {', '.join(shared)}), and only pairs of one rank are run"
-    if device == "ascend":
+    if way == "mindspore_lite":
+        return
+    if collectives := collectives_of(contract):
+        yield f"it is one of several ranks (it uses {', '.join(collectives)}), which only MindSpore Lite runs"
+    if way == "ascend":
         return
     if fused := sorted(operators & ASCEND_OPERATORS):
         yield f"it uses {', '.join(fused)}: fused operators of Ascend, without a kernel for CPUs"
     if any(tensor.dtype == "bfloat16" for graph in graphs for tensor in graph.parameters.values()):
         yield "it has bfloat16 weights, which MindSpore cannot multiply on a CPU"
+
+
+def collectives_of(contract: Contract) -> list[str]:
+    """The operators by which a pair computes together with those of other ranks."""
+    return sorted((contract.prefill.operators | contract.decode.operators) & COLLECTIVES)
 
 
 def explain(contract: Contract) -> str:
@@ -150,7 +158,7 @@ def sentences(contract: Contract) -> Iterator[str]:
         yield "Nothing is to be done: deployments name the folder of the export"
     elif contract.generation not in SERVED:
         reasons = ["this server's requests share a cache of blocks, and this pair has none"]
-        yield f"It is not served: {'; '.join([*reasons, *obstacles(contract, 'ascend')])}"
+        yield f"It is not served: {'; '.join([*reasons, *obstacles(contract, 'mindspore_lite')])}"
         yield "Export the checkpoint with python -m models.export"
     else:
         yield from advice(contract)
@@ -158,9 +166,8 @@ def sentences(contract: Contract) -> Iterator[str]:
 
 def advice(contract: Contract) -> Iterator[str]:
     """What can be done with a sound paged pair."""
-    on_cpu, on_ascend = (list(obstacles(contract, device)) for device in get_args(Device))
-    if on_ascend:
-        yield f"It is not served: {'; '.join(on_ascend)}"
+    if nowhere := list(obstacles(contract, "mindspore_lite")):
+        yield f"It is not served: {'; '.join(nowhere)}"
         yield "Export the checkpoint with python -m models.export"
         return
     if contract.prefill.version < KNOWN_VERSION:
@@ -168,10 +175,24 @@ def advice(contract: Contract) -> Iterator[str]:
             f"Only version {KNOWN_VERSION} was tried; whether MindSpore still has the operators of this one shows when "
             "an agent starts"
         )
+    if collectives := collectives_of(contract):
+        yield from advice_for_a_rank(collectives)
+        return
     yield "python -m models.adopt makes a model folder of it"
-    if on_cpu:
+    if on_cpu := list(obstacles(contract, "cpu")):
         yield f"That runs on Ascend only: {'; '.join(on_cpu)}"
         yield "To serve the model on a CPU, export its checkpoint with python -m models.export"
+
+
+def advice_for_a_rank(collectives: list[str]) -> Iterator[str]:
+    """What can be done with a pair that is one rank's part of a model."""
+    yield f"It is the part of one of several ranks, which compute together by {', '.join(collectives)}"
+    yield (
+        "python -m models.adopt makes a model folder of all of them, if it is given --rank PREFILL DECODE for each in "
+        "the order of the ranks"
+    )
+    yield "Only MindSpore Lite on Ascend runs that (runtime: mindspore_lite)"
+    yield "For MindSpore itself or a CPU, export the checkpoint with python -m models.export --tp N"
 
 
 def shown(tensor: GraphTensor) -> str:
@@ -183,9 +204,9 @@ def as_data(contract: Contract) -> dict[str, Any]:
     """The same for a program."""
     return {
         "generation": contract.generation,
-        "served": contract.generation in SERVED and not [*mismatches(contract), *obstacles(contract, "ascend")],
+        "served": contract.generation in SERVED and not [*mismatches(contract), *obstacles(contract, "mindspore_lite")],
         "mismatches": list(mismatches(contract)),
-        "obstacles": {device: list(obstacles(contract, device)) for device in get_args(Device)},
+        "obstacles": {way: list(obstacles(contract, way)) for way in get_args(Way)},
         "graphs": {phase: graph_data(graph, roles) for phase, graph, roles in contract.graphs},
         "explanation": explain(contract),
     }

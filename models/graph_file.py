@@ -25,7 +25,9 @@ _DOCUMENTED = """FusedInferAttentionScore GroupedMatmul KVCacheScatterUpdate Moe
 DynamicQuantExt MatmulAllReduceAddRmsNorm AllGatherMatmul MatmulReduceScatter Mla KvScaleCache"""
 ASCEND_OPERATORS = frozenset((_TRIED + " " + _DOCUMENTED).split())
 GONE_OPERATORS = frozenset({"PromptKVCache", "DecoderKVCache"})  # in no MindSpore since 2.10, on any device
-COLLECTIVES = frozenset({"AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AllToAll", "AllGatherMatmul"})
+_COLLECTIVES = """AllReduce AllGather ReduceScatter Broadcast AllToAll AllGatherMatmul MatmulReduceScatter
+MatmulAllReduceAddRmsNorm"""
+COLLECTIVES = frozenset(_COLLECTIVES.split())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import foreign_graphs
 import pytest
@@ -18,7 +18,7 @@ from mindspore.train.mind_ir_pb2 import ModelProto
 from config.manifest import GraphTensor
 from models import contract, mindir
 from models.ascend_graphs import input_names
-from models.contract import explain, mismatches, obstacles, read_contract
+from models.contract import Way, explain, mismatches, obstacles, read_contract
 from models.generations import CONTRACTS, classify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,17 +170,18 @@ def test_what_no_agent_can_run_is_named(pair: Pair, tmp_path: Path) -> None:
         primitive = model.primitives.add(op_type="Custom")
         primitive.attribute.add(name="func_name", s=b"/tmp/evil.so:Run")
 
-    for change, devices, problem in (
+    everywhere = ["cpu", "ascend", "mindspore_lite"]
+    for change, ways, problem in (
         (with_operator("ReshapeAndCache"), ["cpu"], "it uses ReshapeAndCache: fused operators of Ascend"),
-        (with_operator("PromptKVCache"), ["cpu", "ascend"], "it uses PromptKVCache, which MindSpore has no more"),
+        (with_operator("PromptKVCache"), everywhere, "it uses PromptKVCache, which MindSpore has no more"),
         (with_operator("AllReduce"), ["cpu", "ascend"], "one of several ranks (it uses AllReduce)"),
-        (of_the_future, ["cpu", "ascend"], "its mind_ir_version is 99, and the installed MindSpore reads up to"),
-        (with_library, ["cpu", "ascend"], "a foreign library, which is code: /tmp/evil.so:Run"),
+        (of_the_future, everywhere, "its mind_ir_version is 99, and the installed MindSpore reads up to"),
+        (with_library, everywhere, "a foreign library, which is code: /tmp/evil.so:Run"),
     ):
         found = read_contract(*changed(pair, tmp_path, change))
-        for device in ("cpu", "ascend"):
-            assert (problem in " ".join(obstacles(found, device))) == (device in devices), change
-        assert (problem in explain(found)) == ("ascend" in devices)
+        for way in get_args(Way):
+            assert (problem in " ".join(obstacles(found, way))) == (way in ways), change
+        assert (problem in explain(found)) == ("mindspore_lite" in ways)
 
 
 @pytest.mark.slow

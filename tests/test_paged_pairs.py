@@ -61,7 +61,7 @@ def pair(checkpoint: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def adopted(pair: Pair, checkpoint: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "pair"
-    adopt.adopt(*pair, checkpoint[0], folder, AdoptOptions())
+    adopt.adopt([pair], checkpoint[0], folder, AdoptOptions())
     return folder
 
 
@@ -114,7 +114,7 @@ def dynamic_pair(checkpoint: tuple[Path, Model], tmp_path_factory: pytest.TempPa
 
 @pytest.mark.slow
 def test_a_pair_of_open_shapes_computes_it(dynamic_pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
-    manifest = adopt.adopt(*dynamic_pair, checkpoint[0], tmp_path / "model", AdoptOptions())
+    manifest = adopt.adopt([dynamic_pair], checkpoint[0], tmp_path / "model", AdoptOptions())
     assert manifest.pair
     assert manifest.pair.padding_slot == -1
     assert manifest.capabilities.max_num_batched_tokens is None
@@ -125,7 +125,7 @@ def test_a_pair_of_open_shapes_computes_it(dynamic_pair: Pair, checkpoint: tuple
 @pytest.mark.slow
 def test_open_shapes_without_block_tables_compute_it(checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
     paths = write_paged_pair(checkpoint[0], tmp_path, alike=False, shape=PairShape())
-    adopt.adopt(*paths, checkpoint[0], tmp_path / "model", AdoptOptions(context_length=50))
+    adopt.adopt([paths], checkpoint[0], tmp_path / "model", AdoptOptions(context_length=50))
     runner = open_pair(tmp_path / "model")
     assert runner.manifest.context_length == 50
     check_steps(runner, checkpoint[1])
@@ -139,7 +139,7 @@ def test_either_padding_lengths_as_rows_and_a_half_precision_cache(
     paths = write_paged_pair(checkpoint[0], tmp_path, alike=True, shape=shape, lengths_as="row")
     for slot in (-1, 0):
         options = AdoptOptions(padding_slot=slot)  # type: ignore[arg-type]
-        adopt.adopt(*paths, checkpoint[0], tmp_path / "model", options)
+        adopt.adopt([paths], checkpoint[0], tmp_path / "model", options)
         check_steps(open_pair(tmp_path / "model", "float16"), checkpoint[1], tolerance=0.05)
 
 
@@ -202,13 +202,13 @@ def test_graphs_that_do_not_share_a_cache_are_not_served(
         node.input[:] = [other(name) for name in node.input]
     decode = tmp_path / "decode.mindir"
     decode.write_bytes(model.SerializeToString())
-    adopt.adopt(pair[0], decode, checkpoint[0], tmp_path / "model", AdoptOptions())
+    adopt.adopt([(pair[0], decode)], checkpoint[0], tmp_path / "model", AdoptOptions())
     with pytest.raises(ManifestError, match="prefill and decode graph do not share their cache"):
         open_pair(tmp_path / "model")
 
 
 def test_a_pair_for_ascend_says_that_there_is_none(pair: Pair, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
-    adopt.adopt(*pair, checkpoint[0], tmp_path / "model", AdoptOptions(target="ascend"))
+    adopt.adopt([pair], checkpoint[0], tmp_path / "model", AdoptOptions(target="ascend"))
     with pytest.raises(ManifestError, match=r"^target: ascend needs an Ascend NPU .* finds none here$"):
         open_pair(tmp_path / "model")
 
@@ -220,7 +220,7 @@ def test_weights_of_two_checkpoints_are_no_pair(pair: Pair, checkpoint: tuple[Pa
     other = tmp_path / "decode.mindir"
     other.write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match="have different numbers in norm: they are not of one checkpoint"):
-        adopt.adopt(pair[0], other, checkpoint[0], tmp_path / "model", AdoptOptions())
+        adopt.adopt([(pair[0], other)], checkpoint[0], tmp_path / "model", AdoptOptions())
     assert not (tmp_path / "model").exists()
 
 
@@ -234,7 +234,7 @@ def test_weights_beside_the_graphs_come_along(pair: Pair, checkpoint: tuple[Path
         shutil.copyfile(source, graph)
         mindir.detach([graph], graph.parent / mindir.WEIGHTS_FILE)
         graphs.append(graph)
-    manifest = adopt.adopt(graphs[0], graphs[1], checkpoint[0], tmp_path / "model", AdoptOptions())
+    manifest = adopt.adopt([(graphs[0], graphs[1])], checkpoint[0], tmp_path / "model", AdoptOptions())
     assert {"prefill/rank_0_graph.mindir", "prefill/weights.bin", "decode/weights.bin"} <= set(manifest.files)
     check_steps(open_pair(tmp_path / "model"), checkpoint[1])
 
@@ -242,7 +242,7 @@ def test_weights_beside_the_graphs_come_along(pair: Pair, checkpoint: tuple[Path
     model.graph.parameter[0].external_data.location = "../inc/weights.bin"
     graphs[0].write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match=r"in \.\./inc/weights\.bin, which is not a file beside it"):
-        adopt.adopt(graphs[0], graphs[1], checkpoint[0], tmp_path / "other", AdoptOptions())
+        adopt.adopt([(graphs[0], graphs[1])], checkpoint[0], tmp_path / "other", AdoptOptions())
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_a_pair_of_mindformers_is_adopted_for_ascend_only(tmp_path: Path) -> Non
     Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"--target cpu: .* on Ascend only: it uses .*ReshapeAndCache"):
-        adopt.adopt(*pair, tmp_path, tmp_path / "model", AdoptOptions(target="cpu"))
-    manifest = adopt.adopt(*pair, tmp_path, tmp_path / "model", AdoptOptions())
+        adopt.adopt([pair], tmp_path, tmp_path / "model", AdoptOptions(target="cpu"))
+    manifest = adopt.adopt([pair], tmp_path, tmp_path / "model", AdoptOptions())
     assert manifest.pair
     assert (manifest.target, manifest.pair.cache_dtype, manifest.vocab_size) == ("ascend", "float16", 128)
 

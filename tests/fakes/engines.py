@@ -22,7 +22,10 @@ class Engine(Protocol):
 
 
 class Rule:
-    """A graph without operators: which one it is, its inputs say."""
+    """A graph without operators but for those that ranks have: which one it is, its inputs say.
+
+    Each rank computes the whole rule, so a collective has nothing to do.
+    """
 
     def __init__(self, graph: Any, variables: dict[str, Any]) -> None:
         for parameter in graph.parameter:
@@ -60,4 +63,10 @@ class OnCpu:
 
 def open_engine(path: Path, graph: Any, variables: dict[str, Any]) -> Engine:
     """The engine of a graph; ``variables`` are those of its group, to which it adds its own."""
-    return OnCpu(path, variables) if graph.node else Rule(graph, variables)
+    computes = any(not is_collective(node) for node in graph.node)
+    return OnCpu(path, variables) if computes else Rule(graph, variables)
+
+
+def is_collective(node: Any) -> bool:
+    """Whether an operator is one that ranks compute together."""
+    return str(node.op_type).startswith("REF::AllReduce")

@@ -6,7 +6,8 @@ shapes that Lite asks for. What a graph computes is the business of ``engines``.
 
 - Types are checked as Lite checks them: a wrong one is a ``TypeError``.
 - ``ModelGroup.add_model`` comes before any of its models is built, and only what is in one group shares variables.
-- A graph with variables, such as a cache, needs the provider ``ge``.
+- A graph with variables, such as a cache, needs the provider ``ge``; those in other files are there, beside the graph.
+- A graph with collectives needs a rank table.
 - With ``ge``, a call has one of the shapes of ``ge.inputShape`` and ``ge.dynamicDims``. (GE is said to take others and
   compile them then, for minutes; nobody should depend on that.)
 - Inputs are taken by position. An array that is not in C order is refused: what Lite makes of it is not documented.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import Engine, open_engine
+from engines import Engine, is_collective, open_engine
 from mind_ir import mind_ir
 from numpy.typing import NDArray
 
@@ -272,6 +273,12 @@ class Model:
         table = config.get("ascend_context", {}).get("rank_table_file")
         if table is not None and not os.path.exists(table):
             raise RuntimeError(f"build_from_file failed! rank_table_file {table} does not exist")
+        if table is None and any(map(is_collective, model.graph.node)):
+            raise RuntimeError("build_from_file failed! A graph with collectives needs a rank_table_file")
+        for parameter in model.graph.parameter:
+            location = parameter.external_data.location
+            if location and not (path.parent / location).is_file():
+                raise RuntimeError(f"build_from_file failed! {location} is not beside {path}")
         options = config.get("ge_graph_options", {})
         self._graph = model.graph
         self._gears = _gears(options.get("ge.inputShape", ""), options.get("ge.dynamicDims", ""))
