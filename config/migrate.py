@@ -19,55 +19,18 @@ from typing import Any
 
 import yaml
 
+from config.old_config import OldConfig
 from config.server_config import is_loopback
 from config.serving_config import AUTO, ConfigError, load, read_yaml
 
 ROUTES = ("llama2", "internlm")  # of the older app, whatever its model was
 MODELS_FOLDER = "output/models"
 API_KEYS = "output/api-keys.txt"
+RANK_TABLE = "output/rank_table.json"
 OF_EXPORTS = {"cache_memory": AUTO, "cache_dtype": "bfloat16"}  # what models.export makes for Ascend, by its defaults
+OF_LITE = ("runtime", "prefill_ini", "decode_ini", "rank_table")  # keys that only an adopted pair has
 
-_MODEL = "the model folder says it"
-_SAMPLING = "agents sample on the host, each row with its own settings; no graph is needed for it"
-_INI = (
-    "the settings of MindSpore-Lite's GE graphs; MindSpore runs graphs for any shape that they take, and with "
-    "runtime: mindspore_lite the models.prefill_ini and models.decode_ini name such files: docs/lite.md"
-)
-_INPUTS = "the inputs of a graph are read from its MindIR"
-_WAITING = "a step begins when the one before is over, and takes in who has come meanwhile"
-# Why a key has no counterpart.
-DROPPED = {
-    "model_path.argmax_model": _SAMPLING,
-    "model_path.topk_model": _SAMPLING,
-    "model_path.post_model_ini": _SAMPLING,
-    "model_path.prefill_ini": _INI,
-    "model_path.decode_ini": _INI,
-    "model_config.end_token": "the tokenizer's files say which tokens end an answer",
-    "model_config.pad_token_id": "padding is masked, so it needs no token",
-    "model_config.vocab_size": _MODEL,
-    "model_config.model_type": _MODEL,
-    "model_config.seq_type": _MODEL,
-    "model_config.model_dtype": _MODEL,
-    "model_config.page_attention": "every model here has a cache of blocks",
-    "model_config.current_index": _INPUTS,
-    "model_config.zactivate_len": "attention reads the blocks that a request has, and no more",
-    "model_config.prefill_batch_size": "a step takes as many prompts as fit into limits.max_num_batched_tokens",
-    "model_config.batching_strategy": "batching is continuous always",
-    "model_config.batch_waiting_time": _WAITING,
-    "model_config.decode_batch_waiting_time": _WAITING,
-    "model_config.backend": "MindSpore runs models kernel by kernel, as kbk was; runtime: mindspore_lite is as ge was",
-    "model_config.fastserve": "requests are served in the order of arrival and priority",
-    "fa_config.time_slice": "requests are served in the order of arrival and priority",
-    "serving_config.prefill_batch_waiting_time": _WAITING,
-    "serving_config.decode_batch_waiting_time": _WAITING,
-    "serving_config.enable_host_post_sampling": _SAMPLING,
-    "pa_config.num_blocks": "models.cache_memory says how much memory the cache takes, and an adopted pair fixes it",
-    "pa_config.block_size": _MODEL,
-    "tokenizer.type": "the tokenizer's files say it",
-    "basic_inputs.type": _INPUTS,
-    "extra_inputs.type": _INPUTS,
-    "warmup_inputs.type": _INPUTS,
-}
+Pairs = tuple[tuple[str, str], ...]  # a prefill and a decode file for each rank
 
 
 @dataclass(frozen=True)
@@ -94,79 +57,6 @@ class Migration:
             yield f"dropped {key}: {reason}"
         for key in self.unknown:
             yield f"unknown {key}: no key of the older system that is known here; nothing was made of it"
-
-
-class OldConfig:
-    """The values of an old file by ``section.key``; those that are asked for are known."""
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self._values = dict(flat(content))
-        self._asked: set[str] = set()
-
-    def value(self, key: str) -> Any:
-        """A value; None if the file has none, or null."""
-        self._asked.add(key)
-        return self._values.get(key)
-
-    def number(self, key: str, default: int) -> int:
-        """A whole number, not negative."""
-        return max(self.numbers(key, (default,)))
-
-    def numbers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Whole numbers: one, or a list of them.
-
-        Raises:
-            ConfigError: they are none.
-        """
-        found = self.value(key)
-        values = tuple(found) if isinstance(found, list) else default if found is None else (found,)
-        for value in values:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{key}: {value!r} is no whole number")
-        return values or default
-
-    def text(self, key: str) -> str | None:
-        """A text.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        found = self.value(key)
-        if found is not None and not isinstance(found, str):
-            raise ConfigError(f"{key}: {found!r} is no text")
-        return found
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        """Texts: one, or a list of them.
-
-        Raises:
-            ConfigError: they are none.
-        """
-        found = self.value(key)
-        values = found if isinstance(found, list) else [] if found is None else [found]
-        for value in values:
-            if not isinstance(value, str):
-                raise ConfigError(f"{key}: {value!r} is no text")
-        return tuple(values)
-
-    @property
-    def dropped(self) -> dict[str, str]:
-        """Keys of the file that have no counterpart, and why."""
-        return {key: DROPPED[key] for key in self._values if key in DROPPED}
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Keys of the file that nothing has asked for."""
-        return tuple(key for key in self._values if key not in DROPPED and key not in self._asked)
-
-
-def flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of nested mappings, joined by dots."""
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def migrate(content: Any) -> Migration:
@@ -218,32 +108,75 @@ def model_section(old: OldConfig) -> tuple[dict[str, Any], list[str]]:
     host = old.text("serving_config.agent_ip")
     if host and not is_loopback(host):
         model["agent_host"] = host
-    files = *old.texts("model_path.prefill_model")[:1], *old.texts("model_path.decode_model")[:1]
-    pair = files if len(files) == 2 and len(ports) == 1 else ()
-    if not pair:
+    pairs, why_not = pairs_of(old, len(ports))
+    by_lite = bool(pairs) and old.text("model_config.backend") != "kbk"  # before there was kbk, all was GE's
+    if not pairs:
         model |= OF_EXPORTS
-    return model, [folder_step(old, pair, model["path"], len(ports))]
+    if by_lite:
+        model |= lite_keys(old, len(ports))
+    else:
+        old.drop("model_config.backend", "MindSpore runs this model, kernel by kernel as kbk did")
+        for key in ("model_path.prefill_ini", "model_path.decode_ini"):
+            old.drop(key, "the shapes that GE compiles for; MindSpore, which runs this model, takes any")
+    steps = [folder_step(old, pairs, model, why_not)]
+    if "rank_table" in model:
+        steps.append(
+            f"Put HCCL's rank table of these devices, the rank_table_file of the old ini files, at {RANK_TABLE}, "
+            "or write its path into models.rank_table"
+        )
+    return model, steps
 
 
-def folder_step(old: OldConfig, pair: tuple[str, ...], folder: str, ranks: int) -> str:
-    """How to make the model folder, of a pair or without one."""
+def pairs_of(old: OldConfig, ranks: int) -> tuple[Pairs, str]:
+    """The files of each rank, or none and why they are not adopted; empty where there are none."""
+    prefill, decode = old.texts("model_path.prefill_model"), old.texts("model_path.decode_model")
+    if not prefill and not decode:
+        return (), ""
+    if not len(prefill) == len(decode) == ranks:
+        return (), f"{len(prefill)} prefill and {len(decode)} decode files are not a pair for each of {ranks} rank(s)"
+    if ranks > 1 and old.text("model_config.backend") == "kbk":
+        return (), "pairs of several ranks are adopted for MindSpore Lite only, and this file has backend: kbk"
+    return tuple(zip(prefill, decode, strict=True)), ""
+
+
+def lite_keys(old: OldConfig, ranks: int) -> dict[str, str]:
+    """What a model says that MindSpore Lite runs, as it ran all models with ``backend: ge``."""
+    keys = {"runtime": "mindspore_lite"}
+    if prefill := old.texts("model_path.prefill_ini"):
+        keys["prefill_ini"] = prefill[0]  # the older system gave it to all ranks
+    decode = old.texts("model_path.decode_ini")
+    if len(set(decode)) == 1:
+        keys["decode_ini"] = decode[0]
+    elif decode:
+        reason = "one file for each zactivate_len; a paged graph has one: name it in models.decode_ini"
+        old.drop("model_path.decode_ini", reason)
+    if ranks > 1:
+        keys["rank_table"] = RANK_TABLE
+    return keys
+
+
+def folder_step(old: OldConfig, pairs: Pairs, model: dict[str, Any], why_not: str) -> str:
+    """How to make the model folder, of pairs or without them."""
     vocabulary, cell = old.text("tokenizer.vocab_file"), old.text("model_config.model_cfg_path")
     longest = old.number("pa_config.decode_seq_length", 0)
+    ranks, folder = len(model["agent_ports"]), model["path"]
     cut = f"--tp {ranks} " if ranks > 1 else ""
     export = f"python -m models.export CHECKPOINT --target ascend {cut}--output {shlex.quote(folder)}"
-    if not pair:
+    if not pairs:
         where = f" of {cell}" if cell else ""
-        why = " (files of several ranks are not adopted)" if ranks > 1 and old.texts("model_path.prefill_model") else ""
-        return f"Export the checkpoint{where}: {export}{why}"
-    words = ["python", "-m", "models.adopt", *pair, "--tokenizer"]
-    words += [str(PurePosixPath(vocabulary).parent) if vocabulary else "FOLDER", "--output", folder]
+        return f"Export the checkpoint{where}: {export}" + (f" ({why_not})" if why_not else "")
+    words = ["python", "-m", "models.adopt"]
+    for pair in pairs:
+        words += [*(["--rank"] if ranks > 1 else []), *pair]
+    words += ["--tokenizer", str(PurePosixPath(vocabulary).parent) if vocabulary else "FOLDER", "--output", folder]
     if longest:
         words += ["--context-length", str(longest)]
     keys = ", ".join(f"{key}: {value}" for key, value in OF_EXPORTS.items())
+    without = ", ".join(key for key in OF_LITE if key in model)
     return (
-        f"Make the model folder: {shlex.join(words)} (it says which target, cache_dtype and cache_memory to set here; "
-        "runtime: mindspore_lite runs it with MindSpore Lite); if the pair is not one that is served, "
-        f"{export} and set {keys}"
+        f"Make the model folder: {shlex.join(words)} (it says which target, cache_dtype and cache_memory to set here); "
+        f"if the files are not ones that are served, {export}, set {keys}"
+        + (f" and take out {without}" if without else "")
     )
 
 

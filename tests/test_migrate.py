@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lite_pairs import write_ranks, write_tokenizer
 
+from agent import preflight
 from config import migrate
+from config.free_ports import free_ports
+from config.old_config import flat
 from config.serving_config import ConfigError, load
 
 # As the older system's samples are, for a paged model on one device.
@@ -77,6 +83,8 @@ def test_an_old_file_becomes_a_deployment(tmp_path: Path, capsys: pytest.Capture
     [model] = config.models
     assert (model.path, model.names) == ("output/models/llama_7b", ("llama2", "internlm", "llama_7b"))
     assert (model.agent_ports, model.device_ids, model.target) == ((16002,), (2,), "ascend")
+    assert (model.runtime, model.rank_table) == ("mindspore_lite", None)
+    assert (model.prefill_ini, model.decode_ini) == ("/models/llama/prefill.ini", "/models/llama/decode.ini")
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8835)
     limits = config.limits
     assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_new_tokens) == (16, 4096, 2048)
@@ -99,6 +107,9 @@ def test_every_key_is_translated_dropped_with_a_reason_or_named() -> None:
     translated = {
         "model_path.prefill_model",
         "model_path.decode_model",
+        "model_path.prefill_ini",
+        "model_path.decode_ini",
+        "model_config.backend",
         "model_config.model_name",
         "model_config.max_generate_length",
         "model_config.seq_length",
@@ -110,7 +121,7 @@ def test_every_key_is_translated_dropped_with_a_reason_or_named() -> None:
         "pa_config.decode_seq_length",
         "tokenizer.vocab_file",
     }
-    assert {key for key, _ in migrate.flat(content)} == translated | done.dropped.keys() | set(done.unknown)
+    assert {key for key, _ in flat(content)} == translated | done.dropped.keys() | set(done.unknown)
     assert not translated & done.dropped.keys()
 
 
@@ -131,7 +142,8 @@ def test_an_app_that_was_open_to_everyone_asks_for_keys() -> None:
     [
         (
             {"serving_config": {"agent_ports": [1, 2]}},
-            "Export the checkpoint: python -m models.export CHECKPOINT --target ascend --tp 2 --output output",
+            "Export the checkpoint: python -m models.export CHECKPOINT --target ascend --tp 2 --output "
+            "output/models/llama_7b (1 prefill and 1 decode files are not a pair for each of 2 rank(s))",
         ),
         (
             {"model_path": {"prefill_model": None}, "model_config": {"model_cfg_path": "/m/predict.yaml"}},
@@ -143,6 +155,99 @@ def test_an_app_that_was_open_to_everyone_asks_for_keys() -> None:
 )
 def test_what_is_left_to_do_is_said(changes: dict[str, dict[str, Any]], step: str) -> None:
     assert step in migrate.migrate(old(**changes)).steps[0]
+
+
+def of_ranks(backend: str, ranks: int = 2) -> dict[str, Any]:
+    """The old file of a model with a pair of files for each of several ranks."""
+    return old(
+        model_path={
+            f"{phase}_model": [f"/m/{phase}/rank_{rank}_graph.mindir" for rank in range(ranks)]
+            for phase in ("prefill", "decode")
+        },
+        model_config={"backend": backend},
+        serving_config={"agent_ports": [16002 + rank for rank in range(ranks)]},
+    )
+
+
+def test_pairs_of_several_ranks_are_adopted_in_their_order() -> None:
+    done = migrate.migrate(of_ranks("ge"))
+    assert "models.adopt --rank /m/prefill/rank_0_graph.mindir /m/decode/rank_0_graph.mindir --rank " in done.steps[0]
+    assert (
+        "--target ascend --tp 2 --output output/models/llama_7b, set cache_memory: auto, cache_dtype: bfloat16 and "
+        in (done.steps[0])
+    )
+    assert "take out runtime, prefill_ini, decode_ini, rank_table" in done.steps[0]
+    assert "at output/rank_table.json, or write its path into models.rank_table" in done.steps[1]
+    [model] = done.deployment["models"]
+    assert (model["runtime"], model["rank_table"]) == ("mindspore_lite", "output/rank_table.json")
+    migrate.check(done.text("old.yaml"))
+
+
+def test_what_ran_kernel_by_kernel_runs_with_mindspore() -> None:
+    done = migrate.migrate(old(model_config={"backend": "kbk"}))
+    [model] = done.deployment["models"]
+    assert not set(migrate.OF_LITE) & model.keys()
+    assert "models.adopt /models/llama/prefill/rank_0_graph.mindir" in done.steps[0]
+    assert "take out" not in done.steps[0]
+    for key in ("model_path.prefill_ini", "model_path.decode_ini", "model_config.backend"):
+        assert "MindSpore" in done.dropped[key]
+    ranks = migrate.migrate(of_ranks("kbk"))
+    assert "--tp 2" in ranks.steps[0]
+    assert "for MindSpore Lite only, and this file has backend: kbk" in ranks.steps[0]
+    assert not set(migrate.OF_LITE) & ranks.deployment["models"][0].keys()
+
+
+def test_files_of_the_time_before_kbk_are_of_ge_and_a_paged_graph_has_one_ini() -> None:
+    content = old(model_path={"decode_ini": ["/models/llama/512.ini", "/models/llama/1024.ini"]})
+    del content["model_config"]["backend"]
+    done = migrate.migrate(content)
+    [model] = done.deployment["models"]
+    assert (model["runtime"], model["prefill_ini"]) == ("mindspore_lite", "/models/llama/prefill.ini")
+    assert "decode_ini" not in model
+    assert "one file for each zactivate_len" in done.dropped["model_path.decode_ini"]
+
+
+PREFILL_INI = (
+    "[ge_graph_options]\nge.inputShape=batch_valid_length:1;slot_mapping:-1;tokens:1,-1\nge.dynamicDims=64,64;128,128\n"
+)
+DECODE_INI = (
+    "[ge_graph_options]\nge.inputShape=batch_valid_length:-1;block_tables:-1,8;slot_mapping:-1;tokens:-1,1\n"
+    "ge.dynamicDims=1,1,1,1;4,4,4,4\n"
+)
+
+
+def test_what_is_left_to_do_makes_a_deployment_that_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, from their old file to a deployment without a problem, by the steps as they are said."""
+    from models import adopt  # here: it takes MindSpore, and seconds
+
+    monkeypatch.chdir(tmp_path)
+    prefill, decode = zip(*write_ranks(tmp_path / "old"), strict=True)
+    (tmp_path / "prefill.ini").write_text(PREFILL_INI)
+    (tmp_path / "decode.ini").write_text(DECODE_INI)
+    write_tokenizer(tmp_path / "tokenizer")
+    content = old(
+        model_path={
+            "prefill_model": list(map(str, prefill)),
+            "decode_model": list(map(str, decode)),
+            "prefill_ini": ["prefill.ini"],
+            "decode_ini": ["decode.ini"],
+        },
+        model_config={"seq_length": [64, 128], "decode_batch_size": [1, 4]},
+        serving_config={"agent_ports": free_ports(2)},
+        pa_config={"decode_seq_length": 128},
+        tokenizer={"vocab_file": "tokenizer/tokenizer.model"},
+    )
+    Path("old.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert migrate.main(["old.yaml", "--output", "new.yaml"]) == 0
+    [command] = re.findall(
+        r"^# 1\. Make the model folder: python -m models\.adopt (.*) \(it says", Path("new.yaml").read_text(), re.M
+    )
+    assert adopt.main(shlex.split(command)) == 0
+    assert list(preflight.problems(load("new.yaml"))) == ["models[0].rank_table: output/rank_table.json: no such file"]
+    Path("output/rank_table.json").write_text("{}")
+    assert list(preflight.problems(load("new.yaml"))) == []
 
 
 def test_what_is_exported_anew_has_the_cache_of_an_export() -> None:
