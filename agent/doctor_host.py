@@ -61,13 +61,19 @@ def open_files(max_connections: int) -> Finding:
 
 
 def memory(config: ServingConfig) -> Finding:
-    """The host's memory against what runs in it."""
-    needed = sum(len(need.devices) * need.rank_bytes for need in needs(config) if need.target != "ascend")
+    """The host's memory against what runs in it, and what passes through it on the way to a device."""
+    found = list(needs(config))
+    needed = sum(len(need.devices) * need.host_bytes for need in found)
+    loading = sum(len(need.devices) * need.loading_bytes for need in found)
     free = free_memory()
     if free is not None and free < needed:
         advice = "lower cache_memory, or choose a smaller format of weights"
         return error("memory for the models", f"{gib(needed)} needed, {gib(free)} free", advice)
-    return ok("memory for the models", f"about {gib(needed)} of this host's")
+    if free is not None and free < needed + loading:
+        words = f"up to {gib(needed + loading)} needed while all agents load at once, {gib(free)} free"
+        return warning("memory for the models", words, "stop what else runs here, or serve fewer ranks on this host")
+    more = f", and up to {gib(loading)} more while agents load" if loading else ""
+    return ok("memory for the models", f"about {gib(needed)} of this host's{more}")
 
 
 def free_memory() -> int | None:

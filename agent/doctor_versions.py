@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from agent import npu_smi
 from agent.ascend_host import AscendHost
 from agent.finding import Finding, error, ok, warning
-from agent.supported_versions import SUPPORTED
+from agent.supported_versions import SUPPORTED, drivers
 
 INSTALL = "run make setup, or pip install --constraint constraints.txt --editable ."
 
@@ -56,10 +56,11 @@ def ascend(host: AscendHost, chips: list[npu_smi.Chip]) -> Iterator[Finding]:
     """Driver, firmware and CANN."""
     board = npu_smi.board(chips[0]) if chips else {}
     driver = host.driver()
-    yield driver_version(driver.get("package_version") or driver.get("Version") or board.get("software version"))
+    found = host.cann()
+    version_of_driver = driver.get("package_version") or driver.get("Version") or board.get("software version")
+    yield driver_version(version_of_driver, found)
     firmware = host.firmware().get("Version") or board.get("firmware version")
     yield firmware_version(firmware, driver.get("compatible_version_fw", ""))
-    found = host.cann()
     if found is None:
         advice = "install CANN's toolkit and the kernels of this chip, and source its set_env.sh"
         yield error("cann", "not found, neither by ASCEND_HOME_PATH nor in its usual places", advice)
@@ -67,12 +68,16 @@ def ascend(host: AscendHost, chips: list[npu_smi.Chip]) -> Iterator[Finding]:
         yield judged("cann", found, "install one of these and source its set_env.sh")
 
 
-def driver_version(found: str | None) -> Finding:
-    """The driver. Which one a CANN release needs stands in that release's notes, and we know no table of it."""
-    if found:
+def driver_version(found: str | None, cann: str | None) -> Finding:
+    """The driver, against what the release notes of the CANN that is here say of it, where such notes are known."""
+    if not found:
+        advice = "install the driver; in a container, mount /usr/local/Ascend/driver and npu-smi of the host"
+        return error("driver", "not found", advice)
+    supported = drivers(cann) if cann else None
+    if supported is None or supported.has(found):
         return ok("driver", found)
-    advice = "install the driver; in a container, mount /usr/local/Ascend/driver and npu-smi of the host"
-    return error("driver", "not found", advice)
+    words = f"{found}; CANN {cann} is for {supported} ({supported.source})"
+    return warning("driver", words, "install one of these, or a CANN for this driver")
 
 
 def firmware_version(found: str | None, compatible: str) -> Finding:

@@ -31,6 +31,23 @@ SUPPORTED = {
     "mindspore_lite": Supported(("2.7", "2.8", "2.9", "2.10"), "its API of 2.7.0: ModelGroup with shared weights"),
 }
 
+_NOTES_8_5_0 = "release notes of CANN 8.5.0, mapping between CANN and driver versions"
+_NOTES_9_1_0 = "release notes of CANN 9.1.0, CANN and Ascend HDK version compatibility"
+_TO_26_1 = ("25.2", "25.3", "25.5", "25.7", "26.0", "26.1")
+# Drivers (Ascend HDK) by the release of CANN, as hiascend.com publishes them. Of 8.2, 8.3 and 8.5.1 no table was found.
+DRIVERS = {
+    "8.5.0": Supported(("25.0", "25.2", "25.3", "25.5"), _NOTES_8_5_0),
+    "8.5.2": Supported(("25.0", *_TO_26_1), _NOTES_9_1_0),
+    "9.0": Supported(("25.0", *_TO_26_1), _NOTES_9_1_0),
+    "9.1": Supported(_TO_26_1, _NOTES_9_1_0),
+}
+
+
+def drivers(cann: str) -> Supported | None:
+    """The drivers of a full CANN version such as ``8.5.0.2.220``; None: nobody has said so."""
+    found = (known for known in DRIVERS if f"{cann}.".startswith(f"{known}."))
+    return DRIVERS.get(next(found, ""))
+
 
 def release(version: str) -> str | None:
     """``8.5`` of ``8.5.0.2.220`` or ``8.5.RC1``; None where it does not begin like a version."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import fake_npu_smi
+import lite_pairs
+import msgspec
 import pytest
 import yaml
 from fake_npu_smi import Answers
@@ -20,12 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_processes import ROOT, standin_deployment
 
-from agent import doctor, doctor_environment, npu_smi, rank_table
+from agent import doctor, doctor_environment, doctor_host, npu_smi, rank_table
 from agent.ascend_host import AscendHost
-from agent.doctor_versions import firmware_version, judged, lite
+from agent.doctor_versions import driver_version, firmware_version, judged, lite
 from agent.finding import Finding
+from agent.model_size import RUNTIME_BYTES, needs
 from agent.placement import VISIBLE_DEVICES
-from agent.supported_versions import SUPPORTED
+from agent.supported_versions import DRIVERS, SUPPORTED, release
+from config.manifest import read_manifest, write_manifest
+from config.serving_config import load
 
 GIB = 1 << 30
 
@@ -252,6 +257,52 @@ def test_models_must_fit_into_the_devices(
     assert level_of(doctor.examine(str(config), host)["ascend"], check) == level
 
 
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A model of 6 GiB for two ranks, as far as its files tell."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for rank in range(2):
+        with (folder / f"rank_{rank}.bin").open("wb") as file:
+            file.truncate(3 * GIB)
+    files = {f"rank_{rank}.bin": "" for rank in range(2)}
+    manifest = msgspec.structs.replace(read_manifest("config/standin"), target="ascend", world_size=2, files=files)
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "free", "level", "words"),
+    [
+        ("ascend", 64 * GIB, "ok", "about 0.8 GiB of this host's, and up to 12.0 GiB more while agents load"),
+        ("ascend", 8 * GIB, "warning", "up to 12.8 GiB needed while all agents load at once, 8.0 GiB free"),
+        ("ascend", GIB // 2, "error", "0.8 GiB needed, 0.5 GiB free"),
+        ("cpu", 64 * GIB, "ok", "about 8.8 GiB of this host's"),
+        ("cpu", 8 * GIB, "error", "8.8 GiB needed, 8.0 GiB free"),
+    ],
+)
+def test_the_host_has_memory_for_what_runs_and_what_passes_through(
+    target: str, free: int, level: str, words: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_host, "free_memory", lambda: free)
+    config = tmp_path / "deployment.yaml"
+    model = {"path": str(exported), "names": ["a"], "agent_ports": [9901, 9902], "target": target}
+    config.write_text(yaml.safe_dump({"models": [model]}))
+    found = doctor_host.memory(load(config))
+    assert (found.level, found.found) == (level, words)
+
+
+def test_the_weights_of_a_pair_are_in_both_of_its_files(exported: Path, tmp_path: Path) -> None:
+    pair = read_manifest(lite_pairs.write_pair(tmp_path / "pair")).pair
+    write_manifest(exported, msgspec.structs.replace(read_manifest(exported), pair=pair))
+    config = tmp_path / "deployment.yaml"
+    model = {"path": str(exported), "names": ["a"], "agent_ports": [9901, 9902], "target": "ascend"}
+    config.write_text(yaml.safe_dump({"models": [model]}))
+    [need] = needs(load(config))
+    assert need.loading_bytes == 3 * GIB
+    assert need.rank_bytes == 3 * GIB // 2 + GIB + RUNTIME_BYTES
+
+
 @pytest.mark.parametrize(
     ("name", "value", "level"),
     [
@@ -339,6 +390,31 @@ def test_versions_against_the_table() -> None:
     assert firmware_version("7.7.0.6.236", "[7.0.0,7.7.99]").level == "ok"
     assert firmware_version("8.0.0", "[7.0.0,7.7.99]").level == "error"
     assert firmware_version("7.7.0", "whatever").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("driver", "cann", "level"),
+    [
+        ("25.2.0", "8.5.0.2.220", "ok"),
+        ("24.1.rc2", "8.5.0.2.220", "warning"),
+        ("26.0.rc1", "8.5.0", "warning"),
+        ("26.0.rc1", "8.5.2", "ok"),
+        ("25.0.rc1.1", "9.0.0", "ok"),
+        ("25.0.rc1.1", "9.1.0", "warning"),
+        ("23.0.0", "8.5.1", "ok"),  # nobody has said which drivers these are for
+        ("23.0.0", "8.2.RC1", "ok"),
+        ("23.0.0", None, "ok"),
+        (None, "8.5.0", "error"),
+    ],
+)
+def test_a_driver_is_held_against_the_notes_of_cann(driver: str | None, cann: str | None, level: str) -> None:
+    finding = driver_version(driver, cann)
+    assert finding.level == level
+    assert level != "warning" or "release notes of CANN" in finding.found
+
+
+def test_drivers_are_known_of_supported_releases_only() -> None:
+    assert {release(cann) for cann in DRIVERS} <= set(SUPPORTED["cann"].releases)
 
 
 def test_the_table_is_that_of_its_sources() -> None:
