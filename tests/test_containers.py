@@ -24,6 +24,7 @@ FOLDER = ROOT / "docs" / "deployment"
 TOOLS = Path(sys.executable).parent
 DOCKERFILES = sorted(FOLDER.glob("Dockerfile.*"))
 UNITS = sorted(FOLDER.glob("*.service"))
+DROP_INS = {"ascend.conf": "mindspore-llm.service", "ascend-agents.conf": "mindspore-llm-agents.service"}
 MANIFESTS = sorted(FOLDER.glob("kubernetes*.yaml"))
 UNPRIVILEGED = 10001
 KUBERNETES = "1.31"
@@ -97,18 +98,39 @@ def test_manifests_have_the_form_of_their_kind(manifest: Path) -> None:
         kubernetes_validate.validate(one, KUBERNETES, strict=True)
 
 
+def verify(folder: Path, unit: str) -> tuple[int, list[str]]:
+    """What systemd says of a unit in ``folder``: the exit code, and the lines that concern ours."""
+    for other in UNITS:  # they name each other
+        (folder / other.name).write_text(as_here(other), encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", folder / unit], capture_output=True, text=True, check=False
+    )
+    return done.returncode, [line for line in done.stderr.splitlines() if "mindspore-llm" in line or ".conf" in line]
+
+
+def as_here(file: Path) -> str:
+    """A unit's text, or a drop-in's, with programs that this machine has in the place of an installation's."""
+    text = file.read_text(encoding="utf-8").replace("/opt/mindspore-llm/.venv/bin/python", sys.executable)
+    return text.replace("/opt/mindspore-llm/docs", str(ROOT / "docs"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_units_pass_systemd(unit: Path, tmp_path: Path) -> None:
-    for other in UNITS:  # they name each other
-        text = other.read_text(encoding="utf-8").replace("/opt/mindspore-llm/.venv/bin/python", sys.executable)
-        (tmp_path / other.name).write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name], capture_output=True, text=True, check=False
-    )
-    said = [line for line in done.stderr.splitlines() if "mindspore-llm" in line]
-    assert (done.returncode, said) == (0, [])
+    assert verify(tmp_path, unit.name) == (0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@pytest.mark.parametrize(("drop_in", "unit"), DROP_INS.items())
+def test_settings_for_devices_pass_systemd(drop_in: str, unit: str, tmp_path: Path) -> None:
+    place = tmp_path / f"{unit}.d" / drop_in
+    place.parent.mkdir()
+    place.write_text(as_here(FOLDER / drop_in), encoding="utf-8")
+    assert verify(tmp_path, unit) == (0, [])
+    place.write_text(place.read_text().replace("ExecStart=\n", ""))
+    assert "more than one ExecStart=" in "".join(verify(tmp_path, unit)[1])  # so the drop-in is looked at
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -217,9 +239,16 @@ def test_units_run_what_the_checkout_has_and_wait_for_it(unit: Path) -> None:
         assert int(settings["LimitNOFILE"]) > LimitsConfig().max_connections
 
 
-def test_the_settings_for_devices_start_the_same() -> None:
-    [plain] = re.findall(r"^ExecStart=\S+/(\.venv.*)$", (FOLDER / "mindspore-llm.service").read_text(), re.MULTILINE)
-    started = re.findall(r"^ExecStart=(.*)$", (FOLDER / "ascend.conf").read_text(), re.MULTILINE)
+def test_every_settings_file_belongs_to_a_unit() -> None:
+    assert {path.name for path in FOLDER.glob("*.conf")} == set(DROP_INS)
+    for drop_in, unit in DROP_INS.items():
+        assert f"{unit}.d/" in (FOLDER / drop_in).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("drop_in", "unit"), DROP_INS.items())
+def test_the_settings_for_devices_start_the_same(drop_in: str, unit: str) -> None:
+    [plain] = re.findall(r"^ExecStart=\S+/(\.venv.*)$", (FOLDER / unit).read_text(), re.MULTILINE)
+    started = re.findall(r"^ExecStart=(.*)$", (FOLDER / drop_in).read_text(), re.MULTILINE)
     assert started[0] == ""  # without it, systemd refuses a second one
     script, _, rest = started[1].partition(" ")
     assert (ROOT / script.removeprefix("/opt/mindspore-llm/")).is_file()
