@@ -70,9 +70,9 @@ def memory(config: ServingConfig) -> Finding:
         advice = "lower cache_memory, or choose a smaller format of weights"
         return error("memory for the models", f"{gib(needed)} needed, {gib(free)} free", advice)
     if free is not None and free < needed + loading:
-        words = f"up to {gib(needed + loading)} needed while all agents load at once, {gib(free)} free"
+        words = f"about {gib(needed + loading)} needed while all agents load at once, {gib(free)} free"
         return warning("memory for the models", words, "stop what else runs here, or serve fewer ranks on this host")
-    more = f", and up to {gib(loading)} more while agents load" if loading else ""
+    more = f", and {gib(loading)} more while agents load" if loading else ""
     return ok("memory for the models", f"about {gib(needed)} of this host's{more}")
 
 

@@ -10,9 +10,7 @@ from config.manifest import ManifestError, read_manifest
 from config.serving_config import ServingConfig, Target
 
 RUNTIME_BYTES = 400 << 20  # of an agent beside weights and cache: MindSpore itself on a CPU, roughly
-GRAPHS_AT_ONCE = (
-    2  # whose weights are on the host while an NPU's agent loads: the first's, and those about to be let go
-)
+GRAPHS_AT_ONCE = 2  # whose weights are on the host while an NPU's agent loads: the second's are then let go
 
 
 @dataclass(frozen=True)

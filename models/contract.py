@@ -170,14 +170,14 @@ def advice(contract: Contract) -> Iterator[str]:
         yield f"It is not served: {'; '.join(nowhere)}"
         yield "Export the checkpoint with python -m models.export"
         return
+    if collectives := collectives_of(contract):
+        yield from advice_for_a_rank(collectives)
+        return
     if contract.prefill.version < KNOWN_VERSION:
         yield (
             f"Only version {KNOWN_VERSION} was tried; whether MindSpore still has the operators of this one shows when "
             "an agent starts"
         )
-    if collectives := collectives_of(contract):
-        yield from advice_for_a_rank(collectives)
-        return
     yield "python -m models.adopt makes a model folder of it"
     if on_cpu := list(obstacles(contract, "cpu")):
         yield f"That runs on Ascend only: {'; '.join(on_cpu)}"
@@ -186,13 +186,13 @@ def advice(contract: Contract) -> Iterator[str]:
 
 def advice_for_a_rank(collectives: list[str]) -> Iterator[str]:
     """What can be done with a pair that is one rank's part of a model."""
-    yield f"It is the part of one of several ranks, which compute together by {', '.join(collectives)}"
+    yield f"It is the part of one rank of several, which compute together ({', '.join(collectives)})"
     yield (
-        "python -m models.adopt makes a model folder of all of them, if it is given --rank PREFILL DECODE for each in "
-        "the order of the ranks"
+        "python -m models.adopt makes a model folder of all of them, given --rank PREFILL DECODE for each in the order "
+        "of the ranks"
     )
     yield "Only MindSpore Lite on Ascend runs that (runtime: mindspore_lite)"
-    yield "For MindSpore itself or a CPU, export the checkpoint with python -m models.export --tp N"
+    yield "For MindSpore itself, on Ascend or on a CPU, export the checkpoint with python -m models.export --tp N"
 
 
 def shown(tensor: GraphTensor) -> str:

@@ -274,8 +274,8 @@ def exported(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "free", "level", "words"),
     [
-        ("ascend", 64 * GIB, "ok", "about 0.8 GiB of this host's, and up to 12.0 GiB more while agents load"),
-        ("ascend", 8 * GIB, "warning", "up to 12.8 GiB needed while all agents load at once, 8.0 GiB free"),
+        ("ascend", 64 * GIB, "ok", "about 0.8 GiB of this host's, and 12.0 GiB more while agents load"),
+        ("ascend", 8 * GIB, "warning", "about 12.8 GiB needed while all agents load at once, 8.0 GiB free"),
         ("ascend", GIB // 2, "error", "0.8 GiB needed, 0.5 GiB free"),
         ("cpu", 64 * GIB, "ok", "about 8.8 GiB of this host's"),
         ("cpu", 8 * GIB, "error", "8.8 GiB needed, 8.0 GiB free"),
