@@ -47,6 +47,11 @@ PREFILL_MASK = 128  # tokens: rows and columns of the triangle that FlashAttenti
 MASKED = -10000.0  # added to a score that must not count
 
 
+def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
+    """MindSpore's dtype and the shape of what ``read`` returns."""
+    return getattr(ms, weights), source.config.weight_shapes()[name]
+
+
 def read(source: WeightSource, name: str, weights: WeightFormat) -> NDArray[Any]:
     """A weight as these operators want it: in the graph's dtype."""
     return source.read(name).astype(DTYPES.get(weights, np.float32))

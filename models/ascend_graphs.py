@@ -1,26 +1,23 @@
-"""The MindIR files of one rank for Ascend: written on any machine, no weight but one in memory at a time.
+"""The MindIR files of one rank for Ascend: a graph for each kind of step, and two that copy blocks of the cache.
 
-MindSpore compiles a network whose weights are nothing but shapes; what they hold goes from the checkpoint straight into
-the file that all graphs share.
+Any machine can write them, no weight but one in memory at a time (``models.hollow_weights``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from google.protobuf.message import Message
-from mindspore import Parameter, Tensor, nn
-from mindspore.common.initializer import initializer
+from mindspore import Tensor, nn
 from mindspore.ops import auto_generate
 
 from config.manifest import GraphTensor
 from config.serving_config import WeightFormat
 from models import ascend, mindir
 from models.collectives import Share
+from models.hollow_weights import HollowWeights, export_graph, write_phase
 from models.network import Network
 from models.network_config import NetworkConfig
 from models.weight_map import WeightSource
@@ -60,20 +57,16 @@ def write_rank(
     """Write the graph of each phase and the weights that they have in common: their inputs and outputs."""
     config = source.config
     side = ascend.npu(weights, config.context_length)
+    hollow = HollowWeights(source, ascend, weights)
+    inputs, names = graph_inputs(config, weights, block_size), input_names(config.num_layers)
     contracts = set()
     with (folder / mindir.WEIGHTS_FILE).open("wb") as file:
         weights_file = mindir.WeightsFile(file)
         for phase in ascend.PHASES:
             logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-            hollow = HollowWeights(source, weights)
             network = Network(config, hollow.get, side, phase, block_size, share)
-            path = folder / f"{phase}.mindir"
-            inputs = graph_inputs(config, weights, block_size)
-            left_out = write_graph(
-                PerLayerCaches(network, config.num_layers), path, inputs, input_names(config.num_layers)
-            )
-            place_weights(path, left_out, weights_file, hollow.reader(network))
-            contracts.add(mindir.inputs(mindir.read(path)))
+            cell = PerLayerCaches(network, config.num_layers)
+            contracts.add(write_phase(cell, folder / f"{phase}.mindir", inputs, weights_file, hollow, names))
     assert len(contracts) == 1, "the graphs take different inputs"
     write_copying(folder, config, weights, block_size)
     return contracts.pop(), (GraphTensor(name="logits", dtype="float32", shape=(-1, config.vocab_size)),)
@@ -94,39 +87,8 @@ def write_copying(folder: Path, config: NetworkConfig, weights: WeightFormat, bl
         ),
     }
     for name, (cell, inputs, names) in graphs.items():
-        write_graph(cell, folder / f"{name}.mindir", inputs, names)
-
-
-class HollowWeights:
-    """A network's weights as Parameters that have dtype and shape, and no memory."""
-
-    def __init__(self, source: WeightSource, weights: WeightFormat) -> None:
-        self._source = source
-        self._weights = weights
-        self._shapes = source.config.weight_shapes()
-        self._made: dict[str, Parameter] = {}
-
-    def get(self, name: str) -> Parameter | None:
-        """The weight of that name, or None if this network has none."""
-        if name not in self._shapes:
-            return None
-        if name not in self._made:
-            nothing = initializer("zeros", self._shapes[name], getattr(ms, self._weights))  # made if asked for: never
-            self._made[name] = Parameter(nothing, name=name, requires_grad=False)
-        return self._made[name]
-
-    def reader(self, network: Network) -> Callable[[str], bytes]:
-        """What the parameters of a network hold, by the names that its Cells give them: weights, and its constants."""
-        parameters = network.parameters_dict()
-        names = {id(parameter): name for name, parameter in self._made.items()}
-
-        def read(parameter: str) -> bytes:
-            name = names.get(id(parameters[parameter]))
-            if name is None:
-                return bytes(parameters[parameter].asnumpy().tobytes())
-            return ascend.read(self._source, name, self._weights).tobytes()
-
-        return read
+        path = folder / f"{name}.mindir"
+        path.write_bytes(export_graph(cell, path, inputs, names).SerializeToString())
 
 
 def graph_inputs(config: NetworkConfig, weights: WeightFormat, block_size: int) -> list[Tensor]:
@@ -140,30 +102,3 @@ def graph_inputs(config: NetworkConfig, weights: WeightFormat, block_size: int) 
 def input_names(num_layers: int) -> tuple[str, ...]:
     """The graphs' inputs in feed order."""
     return (*NAMES, *(f"{kind}_cache_{layer}" for kind in ("key", "value") for layer in range(num_layers)))
-
-
-def write_graph(cell: nn.Cell, path: Path, inputs: list[Tensor], names: tuple[str, ...]) -> list[Message]:
-    """Write a graph to ``path``, its inputs under these names; returns what it says of its weights, which it lacks."""
-    weights: list[Message] = []
-
-    def take(model: Any) -> None:
-        weights.extend(model.graph.parameter)
-        del model.graph.parameter[:]  # so MindSpore does not write zeros for them
-
-    ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR", custom_func=take)
-    model = mindir.read(path)
-    mindir.name_inputs(model, names)
-    path.chmod(0o644)
-    path.write_bytes(model.SerializeToString())
-    return weights
-
-
-def place_weights(
-    path: Path, weights: list[Message], weights_file: mindir.WeightsFile, bytes_of: Callable[[str], bytes]
-) -> None:
-    """Put the weights of a graph into ``weights_file``, and where they are there into the graph."""
-    model = mindir.read(path)
-    model.graph.parameter.extend(weights)
-    for parameter in model.graph.parameter:
-        weights_file.put(parameter, bytes_of)
-    path.write_bytes(model.SerializeToString())

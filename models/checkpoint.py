@@ -9,6 +9,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
+
 from config.manifest import file_digest
 from models.checkpoint_error import CheckpointError
 from models.gguf_config import ROPE_FREQS, gguf_config
@@ -29,11 +31,11 @@ from models.network_config import NetworkConfig
 from models.safetensors_folder import PICKLES, SafetensorsFolder
 from models.text_files import TextFiles
 from models.weight_map import (
-    MINDFORMERS_EMBEDDING,
     Blocks,
     Floats,
     TensorSource,
     WeightMap,
+    block_kind,
     check_tensors,
     gguf_weight_map,
     huggingface_weight_map,
@@ -42,6 +44,7 @@ from models.weight_map import (
     read_blocks,
     read_weight,
 )
+from models.weight_names import MINDFORMERS_EMBEDDING
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "source_digest"]
 
@@ -68,8 +71,12 @@ class Checkpoint:
         """The weight ``name`` of ``config.weight_shapes()``: float32, C-contiguous, in memory of its own."""
         return read_weight(self.tensors, self.weights[name])
 
+    def block_kind(self, name: str) -> gguf.GGMLQuantizationType | None:
+        """The kind of blocks that the file stores it in, if that is one and operators can read them."""
+        return block_kind(self.tensors, self.weights[name])
+
     def read_blocks(self, name: str) -> Blocks | None:
-        """The same weight as the file stores it, if that is in blocks of one kind that operators can read."""
+        """The same weight as the file stores it, if that is in such blocks."""
         return read_blocks(self.tensors, self.weights[name])
 
 

@@ -74,9 +74,14 @@ class GGUFFile:
             ) from None
         return np.array(values, dtype=np.float32, order="C")
 
+    def block_kind(self, name: str) -> gguf.GGMLQuantizationType | None:
+        """How one tensor is stored, if in one of ``BLOCK_KINDS``."""
+        kind = self._tensors[name].tensor_type
+        return kind if kind in BLOCK_KINDS else None
+
     def read_blocks(self, name: str) -> Blocks | None:
         """One tensor as it is stored, if in one of ``BLOCK_KINDS``: rows of bytes in memory of the file."""
-        tensor = self._tensors[name]
-        if tensor.tensor_type not in BLOCK_KINDS:
+        kind, tensor = self.block_kind(name), self._tensors[name]
+        if kind is None:
             return None
-        return Blocks(tensor.tensor_type, tensor.data.view(np.uint8).reshape(self.shapes[name][0], -1))
+        return Blocks(kind, tensor.data.view(np.uint8).reshape(self.shapes[name][0], -1))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from config.manifest import LOGITS_RUN, Capabilities, GraphTensor, rank_folder
 from config.serving_config import WeightFormat
 from models import ascend, ascend_graphs, mindir, portable
 from models.checkpoint import Checkpoint
 from models.collectives import WORLD_GROUP, AllGather, AllReduce, Share
+from models.hollow_weights import HollowWeights, write_phase
 from models.network import Network, Phase
 from models.network_config import NetworkConfig
 from models.post_sampling import Argmax, TopK
@@ -70,18 +70,16 @@ def write_rank(
         inputs, outputs = ascend_graphs.write_rank(source, folder, weight_format, block_size, share)
         return Contract(inputs, outputs, config.num_kv_heads)
     module = operator_module(operators)
-    weights = Weights(source, module, weight_format)
-    for phase in PHASES:
-        logger.info("exporting %s graph, %d layers", phase, config.num_layers)
-        network = Network(config, weights.get, module, phase, block_size, share)
-        write_graph(network, folder / f"{phase}.mindir", *graph_inputs(config, block_size))
-    graphs = [folder / f"{phase}.mindir" for phase in PHASES]
-    mindir.detach(graphs, folder / mindir.WEIGHTS_FILE)
-    for left in folder.glob("*_variables"):
-        shutil.rmtree(left)
-    contracts = [mindir.inputs(mindir.read(graph)) for graph in graphs]
-    assert contracts[0] == contracts[1], "prefill and decode take different inputs"
-    return Contract(contracts[0], graph_outputs(config, operators), config.num_kv_heads)
+    weights, placeholders = HollowWeights(source, module, weight_format), graph_inputs(config, block_size)
+    contracts = set()
+    with (folder / mindir.WEIGHTS_FILE).open("wb") as file:
+        weights_file = mindir.WeightsFile(file)
+        for phase in PHASES:
+            logger.info("exporting %s graph, %d layers", phase, config.num_layers)
+            network = Network(config, weights.get, module, phase, block_size, share)
+            contracts.add(write_phase(network, folder / f"{phase}.mindir", placeholders, weights_file, weights))
+    assert len(contracts) == 1, "prefill and decode take different inputs"
+    return Contract(contracts.pop(), graph_outputs(config, operators), config.num_kv_heads)
 
 
 def capabilities(operators: str) -> Capabilities:
@@ -96,26 +94,6 @@ class Contract:
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]  # of rank 0; the last rank may have fewer logits
     cache_heads: int  # key/value heads of each rank
-
-
-class Weights:
-    """A checkpoint's weights as Parameters, packed for the operators, each read once and shared by both networks."""
-
-    def __init__(self, source: WeightSource, operators: ModuleType, weight_format: WeightFormat) -> None:
-        self._source = source
-        self._weight_format = weight_format
-        self._packed = operators.read
-        self._shapes = source.config.weight_shapes()
-        self._read: dict[str, Parameter] = {}
-
-    def get(self, name: str) -> Parameter | None:
-        """The weight of that name, or None if this network has none."""
-        if name not in self._shapes:
-            return None
-        if name not in self._read:
-            value = self._packed(self._source, name, self._weight_format)
-            self._read[name] = Parameter(Tensor.from_numpy(value), name=name, requires_grad=False)
-        return self._read[name]
 
 
 def operator_module(operators: str) -> ModuleType:
@@ -151,9 +129,9 @@ def dynamic(dtype: ms.Type, *shape: int | None) -> Tensor:
 
 
 def write_graph(cell: nn.Cell, path: Path, *inputs: Tensor) -> None:
-    """Compile ``cell`` for ``inputs`` and write it to ``path``, which ends in .mindir.
+    """Compile ``cell`` for ``inputs`` and write it with its weights to ``path``, which ends in .mindir.
 
-    Weights beyond 1 GB stand in a folder beside it; ``mindir.detach`` takes them from either place.
+    Weights beyond 1 GB stand in a folder beside it.
     """
     ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR")
     split = path.with_name(f"{path.stem}_graph.mindir")

@@ -1,15 +1,15 @@
 """MindIR files as data: their contract, their weights, their links to our library. Nothing here runs a graph.
 
-MindSpore writes each graph with all its weights, inside or (beyond 1 GB) in a folder of its own, and with absolute
-paths to C++ operators. ``detach`` makes of a prefill and a decode graph two small files on one common weights file,
-free of paths; ``attach`` gives a loader's copy the path of this machine's library again, and only of ours.
+The graphs that we export are small files on one common weights file (``WeightsFile``), free of the absolute paths that
+MindSpore gives C++ operators (``link``); ``attach`` gives a loader's copy the path of this machine's library again, and
+only of ours.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,19 +29,14 @@ class MindIRError(ValueError):
 
 
 class WeightsFile:
-    """The file that both graphs' weights are moved to; a weight that both have is written once."""
+    """The file that has the weights of all graphs of a rank; a weight that several have is written once."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Write the header to ``file``, which is empty and stays open until the last ``take``."""
+        """Write the header to ``file``, which is empty and stays open until the last ``put``."""
         self._file = file
         self._places: dict[str, tuple[int, int]] = {}  # name → offset, length
         self._end = HEADER_BYTES
         file.write(b"\x01".ljust(HEADER_BYTES, b"\0"))  # little endian
-
-    def take(self, parameter: TensorProto, folder: Path) -> None:
-        """Move one weight out of its graph, or out of the file in ``folder`` that the graph names."""
-        self.put(parameter, lambda _: parameter.raw_data or read_external(parameter, folder))
-        parameter.ClearField("raw_data")
 
     def put(self, parameter: TensorProto, read: Callable[[str], bytes]) -> None:
         """Let a graph find a weight here; ``read`` gives the bytes of that name if none has put it here before."""
@@ -81,19 +76,6 @@ def read(path: Path) -> ModelProto:
     if not model.HasField("graph"):
         raise MindIRError(f"{path}: holds no graph")
     return model
-
-
-def detach(graphs: Iterable[Path], weights: Path) -> None:
-    """Rewrite graph files in place: weights move to ``weights`` beside them, operators name no folder any more."""
-    with weights.open("wb") as file:
-        weights_file = WeightsFile(file)
-        for path in graphs:
-            model = read(path)
-            for parameter in model.graph.parameter:
-                weights_file.take(parameter, path.parent)
-            link(model, LIBRARY)
-            path.chmod(0o644)
-            path.write_bytes(model.SerializeToString())
 
 
 def attach(source: Path, target: Path, library: Path | None) -> None:

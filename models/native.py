@@ -18,7 +18,7 @@ from config.serving_config import WeightFormat
 from kernels import library
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
-from models.weight_format import MATRICES, panels, read_blocks
+from models.weight_format import MATRICES, block_kind, panels, read_blocks, row_bytes
 from models.weight_map import Rows, Weights, WeightSource, of_layer
 
 F32, I32, U8 = DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
@@ -43,6 +43,18 @@ def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Cus
     for signature in signatures:
         info = info.dtype_format(*signature)
     return ops.Custom(f"{library.path()}:{name}", None, None, "aot", reg_info=info.target("CPU").get_op_info())
+
+
+def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
+    """MindSpore's dtype and the shape of what ``read`` returns for a matrix.
+
+    Raises:
+        CheckpointError: the weight cannot have that format.
+    """
+    rows, columns = source.config.weight_shapes()[name]
+    if weights == "float32":
+        return ms.float32, (rows, columns)
+    return ms.uint8, (rows, row_bytes(block_kind(source, name, weights), columns))
 
 
 def read(source: WeightSource, name: str, weights: WeightFormat) -> Rows:

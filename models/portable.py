@@ -26,6 +26,11 @@ MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its pe
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
 
 
+def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
+    """MindSpore's dtype and the shape of what ``read`` returns."""
+    return ms.float32, source.config.weight_shapes()[name]
+
+
 def read(source: WeightSource, name: str, weights: WeightFormat) -> Floats:
     """A weight as these operators want it: as it is."""
     return source.read(name)

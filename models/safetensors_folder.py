@@ -63,8 +63,11 @@ class SafetensorsFolder:
         stored = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.size,))
         return to_float32(stored, tensor.dtype).reshape(tensor.shape)
 
-    def read_blocks(self, name: str) -> None:
+    def block_kind(self, name: str) -> None:
         """Safetensors files hold numbers, not blocks."""
+
+    def read_blocks(self, name: str) -> None:
+        """None, for the same reason."""
 
 
 def to_float32(stored: np.memmap[Any, np.dtype[np.uint8]], dtype: str) -> Floats:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import gguf
 import numpy as np
 
 from config.manifest import rank_tokens
@@ -116,12 +117,16 @@ class Shard:
         """A weight of this rank's network: float32, C-contiguous."""
         return np.ascontiguousarray(self._part(name, self._whole.read(name)))
 
-    def read_blocks(self, name: str) -> Blocks | None:
-        """The same as the checkpoint stores it, if that is in blocks of one kind of which none is cut."""
+    def block_kind(self, name: str) -> gguf.GGMLQuantizationType | None:
+        """The kind of blocks that the checkpoint stores it in, if that is one and no block is cut."""
         inputs = {"output": self._queries, "down": self._units}.get(_role(name))
         if inputs and any(place % BLOCK for place in (inputs.start, inputs.stop)):
             return None
-        blocks = self._whole.read_blocks(name)
+        return self._whole.block_kind(name)
+
+    def read_blocks(self, name: str) -> Blocks | None:
+        """The same as the checkpoint stores it, if that is in such blocks."""
+        blocks = None if self.block_kind(name) is None else self._whole.read_blocks(name)
         return blocks and replace(blocks, rows=np.ascontiguousarray(self._part(name, blocks.rows)))
 
     def _part(self, name: str, whole: Rows) -> Rows:

@@ -42,8 +42,8 @@ def can_be_packed(config: NetworkConfig) -> bool:
     return all(shape[1] % BLOCK_COLUMNS == 0 for name, shape in shapes if name.rpartition(".")[2] in MATRICES)
 
 
-def read_blocks(source: WeightSource, name: str, weights: WeightFormat) -> Blocks:
-    """One matrix of a checkpoint or of its part in a packed format, its rows still in their order.
+def block_kind(source: WeightSource, name: str, weights: WeightFormat) -> Kind:
+    """What blocks one matrix of a checkpoint or of its part has in a packed format.
 
     Raises:
         CheckpointError: its rows are no whole number of blocks.
@@ -54,10 +54,27 @@ def read_blocks(source: WeightSource, name: str, weights: WeightFormat) -> Block
             f"{source.source}: {name} has rows of {columns} numbers; packed weights need a multiple of "
             f"{BLOCK_COLUMNS}: export with --weights float32"
         )
-    stored = source.read_blocks(name) if weights == "gguf" else None
+    stored = source.block_kind(name) if weights == "gguf" else None
     if stored is not None:
         return stored
-    return quantised(source.read(name), Kind.BF16 if weights == "bfloat16" else Kind.Q8_0)
+    return Kind.BF16 if weights == "bfloat16" else Kind.Q8_0
+
+
+def row_bytes(kind: Kind, columns: int) -> int:
+    """How long a row of ``columns`` numbers is."""
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    return columns // numbers * size
+
+
+def read_blocks(source: WeightSource, name: str, weights: WeightFormat) -> Blocks:
+    """One matrix of a checkpoint or of its part in a packed format, its rows still in their order.
+
+    Raises:
+        CheckpointError: its rows are no whole number of blocks.
+    """
+    kind = block_kind(source, name, weights)
+    stored = source.read_blocks(name) if weights == "gguf" else None
+    return quantised(source.read(name), kind) if stored is None else stored
 
 
 def quantised(value: Floats, kind: Kind) -> Blocks:

@@ -18,6 +18,14 @@ from numpy.typing import NDArray
 
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
+from models.weight_names import (
+    GGUF_NAMES,
+    HUGGINGFACE_NAMES,
+    INTERNLM2_NAMES,
+    MINDFORMERS_EMBEDDING,
+    MINDFORMERS_FUSED,
+    MINDFORMERS_NAMES,
+)
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -53,8 +61,11 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Floats:
         """One tensor as float32 in memory of its own."""
 
+    def block_kind(self, name: str) -> gguf.GGMLQuantizationType | None:
+        """The kind of blocks that one tensor is stored in, if operators can read them."""
+
     def read_blocks(self, name: str) -> Blocks | None:
-        """One tensor as it is stored, if that is in blocks that operators can read."""
+        """One tensor as it is stored, if that is in such blocks."""
 
 
 class WeightSource(Protocol):
@@ -70,8 +81,11 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Floats:
         """One weight: float32, C-contiguous, in memory of its own."""
 
+    def block_kind(self, name: str) -> gguf.GGMLQuantizationType | None:
+        """The kind of blocks that the file stores it in, if that is one and operators can read them."""
+
     def read_blocks(self, name: str) -> Blocks | None:
-        """The same weight as the file stores it, if that is in blocks of one kind that operators can read."""
+        """The same weight as the file stores it, if that is in such blocks."""
 
 
 @dataclass(frozen=True)
@@ -84,75 +98,6 @@ class Piece:
 
 
 WeightMap = dict[str, tuple[Piece, ...]]
-
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "attention_norm": "blk.{}.attn_norm",
-    "q": "blk.{}.attn_q",
-    "k": "blk.{}.attn_k",
-    "v": "blk.{}.attn_v",
-    "q_norm": "blk.{}.attn_q_norm",
-    "k_norm": "blk.{}.attn_k_norm",
-    "output": "blk.{}.attn_output",
-    "mlp_norm": "blk.{}.ffn_norm",
-    "gate": "blk.{}.ffn_gate",
-    "up": "blk.{}.ffn_up",
-    "down": "blk.{}.ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
-HUGGINGFACE_NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "attention_norm": "model.layers.{}.input_layernorm",
-    "q": "model.layers.{}.self_attn.q_proj",
-    "k": "model.layers.{}.self_attn.k_proj",
-    "v": "model.layers.{}.self_attn.v_proj",
-    "q_norm": "model.layers.{}.self_attn.q_norm",
-    "k_norm": "model.layers.{}.self_attn.k_norm",
-    "output": "model.layers.{}.self_attn.o_proj",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "gate": "model.layers.{}.mlp.gate_proj",
-    "up": "model.layers.{}.mlp.up_proj",
-    "down": "model.layers.{}.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-INTERNLM2_NAMES = {
-    "embed_tokens": "model.tok_embeddings",
-    "attention_norm": "model.layers.{}.attention_norm",
-    "qkv": "model.layers.{}.attention.wqkv",
-    "output": "model.layers.{}.attention.wo",
-    "mlp_norm": "model.layers.{}.ffn_norm",
-    "gate": "model.layers.{}.feed_forward.w1",
-    "up": "model.layers.{}.feed_forward.w3",
-    "down": "model.layers.{}.feed_forward.w2",
-    "norm": "model.norm",
-    "head": "output",
-}
-# MindFormers' Llama and its relatives (mindformers/models/llama/convert_weight.py, research/internlm, internlm2, qwen2
-# and qwen2_5/convert_weight.py): Hugging Face's rows under other names. Its converter from Meta's files moves rotary
-# partners into halves (``permute``), as its network turns ``i`` with ``i + d/2`` (RotaryEmbedding.slice_half).
-MINDFORMERS_NAMES = {
-    "embed_tokens": "model.tok_embeddings",
-    "attention_norm": "model.layers.{}.attention_norm",
-    "q": "model.layers.{}.attention.wq",
-    "k": "model.layers.{}.attention.wk",
-    "v": "model.layers.{}.attention.wv",
-    "output": "model.layers.{}.attention.wo",
-    "mlp_norm": "model.layers.{}.ffn_norm",
-    "gate": "model.layers.{}.feed_forward.w1",
-    "up": "model.layers.{}.feed_forward.w3",
-    "down": "model.layers.{}.feed_forward.w2",
-    "norm": "model.norm_out",
-    "head": "lm_head",
-}
-MINDFORMERS_EMBEDDING = "model.tok_embeddings.embedding_weight"
-# Where ``qkv_concat`` has put weights together; the last is InternLM2's.
-MINDFORMERS_FUSED = (
-    ("qkv", "model.layers.{}.attention.w_qkv"),
-    ("gate_up", "model.layers.{}.feed_forward.w_gate_hidden"),
-    ("qkv", "model.layers.{}.attention.w"),
-)
 
 
 def gguf_weight_map(config: NetworkConfig) -> WeightMap:
@@ -252,13 +197,19 @@ def read_weight(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Floats:
     return weight
 
 
+def block_kind(tensors: TensorSource, pieces: tuple[Piece, ...]) -> gguf.GGMLQuantizationType | None:
+    """The kind of blocks that all tensors of one weight are stored in; None if there is none that they share."""
+    kinds = {tensors.block_kind(piece.tensor) for piece in pieces}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def read_blocks(tensors: TensorSource, pieces: tuple[Piece, ...]) -> Blocks | None:
     """One weight as it is stored; None unless all its tensors are in blocks of one kind."""
-    parts = [tensors.read_blocks(piece.tensor) for piece in pieces]
-    stored = [part for part in parts if part is not None]
-    if len(stored) < len(parts) or len({part.kind for part in stored}) > 1:
+    kind = block_kind(tensors, pieces)
+    if kind is None:
         return None
-    return Blocks(stored[0].kind, _stacked(pieces, [part.rows for part in stored]))
+    stored = [tensors.read_blocks(piece.tensor) for piece in pieces]
+    return Blocks(kind, _stacked(pieces, [part.rows for part in stored if part is not None]))
 
 
 def _stacked(pieces: tuple[Piece, ...], parts: list[Rows]) -> Rows:

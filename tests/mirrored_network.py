@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 from numpy.typing import NDArray
 from paged_rows import Row, step
+from whole_weights import Weights
 
 from agent.ascend_runner import Graphs
 from agent.step_batch import StepBatch
@@ -43,21 +44,6 @@ class MirroredModel:
     def run(self, phase: str, batch: StepBatch) -> Array:
         logits: Array = self.networks[phase](*inputs_of(batch), *self.caches).asnumpy()
         return logits
-
-
-class Weights:
-    """A checkpoint's weights, or a rank's part of them, as Parameters."""
-
-    def __init__(self, source: WeightSource) -> None:
-        self._source = source
-        self._made: dict[str, Parameter] = {}
-
-    def get(self, name: str) -> Parameter | None:
-        if name not in self._source.config.weight_shapes():
-            return None
-        if name not in self._made:
-            self._made[name] = Parameter(Tensor(self._source.read(name)), name=name, requires_grad=False)
-        return self._made[name]
 
 
 def inputs_of(batch: StepBatch) -> list[Tensor]:

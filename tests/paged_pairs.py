@@ -13,10 +13,11 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from whole_weights import Weights
 
 from models import portable
 from models.checkpoint import open_checkpoint
-from models.graphs import Weights, dynamic, write_graph
+from models.graphs import dynamic, write_graph
 from models.network import rope_frequencies
 from models.network_config import NetworkConfig
 from models.weight_map import of_layer
@@ -184,7 +185,7 @@ def write_paged_pair(
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     opened = open_checkpoint(checkpoint)
-    weights = Weights(opened, portable, "float32").get
+    weights = Weights(opened).get
     paths = folder / "prefill.mindir", folder / "decode.mindir"
     folder.mkdir(parents=True, exist_ok=True)
     (rows, width), tables = shape.prefill, dynamic(ms.int32, shape.decode, shape.tables)

@@ -12,14 +12,15 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
+from numpy.typing import NDArray
 from tiny_checkpoints import VOCAB_SIZE, edit_config, write_tiny
 
 from agent.model_runner import ModelRunner
 from config.manifest import ManifestError, read_manifest, verify_files
 from kernels import library
-from models import export, mindir
-from models.graphs import dynamic
+from models import mindir
+from models.graphs import dynamic, write_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_FILE = {
@@ -158,25 +159,25 @@ def test_nothing_but_an_export_is_replaced(checkpoint: Path, tmp_path: Path, kin
     assert before == (sorted(target.iterdir()) if target.is_dir() else target.read_text())
 
 
-@pytest.mark.slow
-def test_weights_that_mindspore_writes_to_a_folder_of_their_own(
-    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_whose_weights_mindspore_puts_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does beyond 1 GB; the limit is lowered, since a test has no model of that size."""
-    monkeypatch.setattr("mindspore.train.serialization.TOTAL_SAVE", 10)  # KB
-    options = export.ExportOptions(operators=export.choose_operators("auto"), weights="auto")
-    large = export.export(checkpoint, tmp_path / "large", options)
-    assert {path.name for path in (tmp_path / "large").iterdir()} == EVERY_FILE
-    assert set(large.files) == EVERY_FILE - {"manifest.json"}
-    ModelRunner(tmp_path / "large", cache_bytes=1 << 20, cache_dtype="float32", threads=1)
-    for phase in ("prefill", "decode"):
-        assert weights_of(tmp_path / "large", phase) == weights_of(exported, phase)
+    monkeypatch.setattr("mindspore.train.serialization.TOTAL_SAVE", 1)  # KB
+    weight = np.arange(1024, dtype=np.float32)
+    graph = tmp_path / "large.mindir"
+    write_graph(Plus(weight), graph, dynamic(ms.float32, None))
+    (parameter,) = mindir.read(graph).graph.parameter
+    assert mindir.read_external(parameter, tmp_path) == weight.tobytes()
 
 
-def weights_of(folder: Path, phase: str) -> dict[str, bytes]:
-    """Every weight of a graph by name."""
-    parameters = mindir.read(folder / f"{phase}.mindir").graph.parameter
-    return {mindir.plain_name(one.name): mindir.read_external(one, folder) for one in parameters}
+class Plus(nn.Cell):
+    """Adds a weight."""
+
+    def __init__(self, weight: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(weight), name="weight")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x + self.weight
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(checkpoint: Path, tmp_path: Path) -> None:

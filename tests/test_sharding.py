@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import gguf
+import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import native
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.sharding import Shard, cost, shards
@@ -47,6 +49,9 @@ class RandomWeights:
     def read(self, name: str) -> Floats:
         numbers = np.random.default_rng(sum(name.encode()))
         return numbers.standard_normal(self.config.weight_shapes()[name]).astype(np.float32)
+
+    def block_kind(self, name: str) -> Kind | None:
+        return Kind.Q8_0
 
     def read_blocks(self, name: str) -> Blocks | None:
         return quantised(self.read(name), Kind.Q8_0)
@@ -117,13 +122,17 @@ def test_blocks_are_cut_like_numbers(groups: int, queries: int, units: int, worl
         for name in ("embed_tokens", "layers.0.qkv", "layers.0.output", "layers.0.gate_up", "layers.0.down"):
             blocks = rank.read_blocks(name)
             assert blocks is not None
+            assert blocks.kind == rank.block_kind(name)
+            assert native.layout(rank, name, "gguf") == (ms.uint8, native.read(rank, name, "gguf").shape)
             numbers = gguf.quants.dequantize(blocks.rows, blocks.kind)
             np.testing.assert_allclose(numbers, rank.read(name), atol=0.03)
 
 
 def test_blocks_that_would_be_cut_are_not_read() -> None:
     config = NetworkConfig(**{**vars(network(3, 1, 64)), "head_dim": 16})
-    assert Shard(RandomWeights(config), 1, 3).read_blocks("layers.0.output") is None
+    shard = Shard(RandomWeights(config), 1, 3)
+    assert shard.read_blocks("layers.0.output") is None
+    assert shard.block_kind("layers.0.output") is None
 
 
 def test_a_vocabulary_is_not_shared_by_more_ranks_than_it_fills() -> None:
