@@ -117,11 +117,18 @@ class AscendRunner:
         Raises:
             RunnerBroken: an operator failed.
         """
-        graph = self._graphs.steps[phase_of(batch)]
-        inputs = [as_tensor(array) for array in self._inputs_of(padded(batch))]
+        most_blocks = -(-self.manifest.context_length // self.manifest.block_size)
+        return self._run(phase_of(batch), padded(batch, most_blocks), batch.logits_indices.size, best_only=best_only)
+
+    def _run(self, phase: Phase, batch: StepBatch, wanted: int, *, best_only: bool = False) -> Logits:
+        """Run one graph on a step of a padded size: the logits of its first ``wanted`` positions.
+
+        Raises:
+            RunnerBroken: an operator failed.
+        """
+        inputs = [as_tensor(array) for array in self._inputs_of(batch)]
         with breaking():
-            logits = graph(*inputs, *self._caches).asnumpy()
-        wanted = batch.logits_indices.size
+            logits = self._graphs.steps[phase](*inputs, *self._caches).asnumpy()
         own = Logits.of(np.ascontiguousarray(logits[:wanted]))
         return self._peers.complete(own, best_only=best_only) if self._peers else own
 
@@ -137,12 +144,10 @@ class AscendRunner:
 
     def _warm_up(self, limits: LimitsConfig) -> None:
         """Run each graph on all sizes that steps are padded to, and copy blocks in all numbers, in the null block."""
-        blocks = -(-self.manifest.context_length // self.manifest.block_size)
-        rows, tokens = min(limits.max_num_seqs, limits.max_num_batched_tokens), limits.max_num_batched_tokens
         for phase in PHASES:
-            for step in blank_steps(phase, rows if phase == "decode" else tokens, blocks):
-                self.run(step)
-        for power in range(doubled(rows).bit_length()):
+            for step in blank_steps(phase, limits, self.manifest.context_length, self.manifest.block_size):
+                self._run(phase, step, step.logits_indices.size)
+        for power in range(doubled(min(limits.max_num_seqs, limits.max_num_batched_tokens)).bit_length()):
             self.copy_blocks(np.zeros((1 << power, 2), np.int32))
         logger.info("all sizes of steps have been run")
 

@@ -104,6 +104,18 @@ def test_steps_of_every_kind_have_the_logits_of_portable_operators(
     assert_close(decoded, expected[0][20:21], expected[1][17:18])
 
 
+def test_rows_that_fill_up_a_step_change_none_of_its_logits(checkpoint: Checkpoint, runner: AscendRunner) -> None:
+    """Three rows of 16 tokens become four: prompts get a row of padding with them, chunks are cut."""
+    rows = [Row([1, 2], random_tokens(7, 30)), Row([3, 4], random_tokens(8, 30)), Row([5, 6], random_tokens(9, 30))]
+    expected = [portable_logits(checkpoint, row.tokens) for row in rows]
+    prompts = runner.run(step(rows, [2, 13, 1], BLOCK_SIZE, every_position=True)).values
+    assert_close(prompts, expected[0][:2], expected[1][:13], expected[2][:1])
+    chunks = runner.run(step(rows, [1, 1, 14], BLOCK_SIZE, every_position=True)).values
+    assert_close(chunks, expected[0][2:3], expected[1][13:14], expected[2][1:15])
+    more = runner.run(step(rows, [9, 5, 3], BLOCK_SIZE)).values  # 17 tokens become 32
+    assert_close(more, expected[0][11:12], expected[1][18:19], expected[2][17:18])
+
+
 def test_a_copied_block_is_read_like_the_one_it_comes_from(checkpoint: Checkpoint, runner: AscendRunner) -> None:
     row = Row([4], random_tokens(3, 10))
     runner.run(step([row], [9], BLOCK_SIZE))
@@ -132,7 +144,7 @@ def test_every_size_of_every_graph_is_run_before_the_cache_is_made(checkpoint: C
     calls: dict[str, list[list[Tensor]]] = {phase: [] for phase in graphs.steps}
     steps = {phase: recorded(graph, calls[phase]) for phase, graph in graphs.steps.items()}
     open_runner(manifest_of(checkpoint), replace(graphs, steps=steps))
-    for phase, sizes in (("prefill", [8, 4, 2]), ("chunk", [8, 4, 2]), ("decode", [2, 1])):
+    for phase, sizes in (("prefill", [16, 8, 4, 2]), ("chunk", [8, 4, 2]), ("decode", [2, 1])):
         warm_up = [inputs for inputs in calls[phase] if inputs[-1].shape[0] == 3]
         assert list(dict.fromkeys(inputs[0].shape[0] for inputs in warm_up)) == sizes, phase
         proof = [inputs for inputs in calls[phase] if inputs[-1].shape[0] == NUM_BLOCKS]
