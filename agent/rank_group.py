@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from agent.agent_process import AgentProcess
@@ -14,9 +15,15 @@ from agent.tasks import first, together
 from config.serving_config import ModelConfig, ServingConfig
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a step in progress may finish
+TRIES = 3  # to start ranks, each on another port for their rendezvous
+FIRST_SECONDS = 30.0  # in which a rendezvous ends whose port somebody took; importing MindSpore is most of it
 LAST_SECONDS = 2.0  # the same once one has ended: no step of the others can count any more
 
 logger = logging.getLogger(__name__)
+
+
+class PortLost(StartError):
+    """A rendezvous ended at once, as it does where somebody else took its port before it did."""
 
 
 class RankGroup:
@@ -37,6 +44,23 @@ class RankGroup:
 
         Raises:
             StartError: one of them is not going to be.
+        """
+        for _ in range(TRIES - 1):
+            try:
+                await self._start()
+            except PortLost as error:
+                logger.warning("%s; trying again on another port", error)
+                await self.stop()
+            else:
+                return
+        await self._start()
+
+    async def _start(self) -> None:
+        """``start``, tried once.
+
+        Raises:
+            PortLost: the rendezvous did not come about.
+            StartError: anything else.
         """
         self._ranks, self._rendezvous = [], []
         rank_0, world_size = self._settings[0], len(self._settings)
@@ -103,6 +127,8 @@ async def _lost_too_early(rendezvous: Rendezvous) -> None:
     """Wait until a rendezvous has ended.
 
     Raises:
-        StartError: that is now.
+        StartError: that is now; ``PortLost`` in its first seconds.
     """
-    raise StartError(f"{await rendezvous.ended()} before its ranks were ready: see {rendezvous.log}")
+    started = time.monotonic()
+    lost = f"{await rendezvous.ended()} before its ranks were ready: see {rendezvous.log}"
+    raise PortLost(lost) if time.monotonic() - started < FIRST_SECONDS else StartError(lost)

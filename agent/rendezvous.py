@@ -41,7 +41,7 @@ class Rendezvous(ChildProcess):
             StartError: the system does not give us another process.
         """
         name = f"the rendezvous of {group}"
-        [port] = free_ports(1)  # who takes it before MindSpore does so makes this start fail, not the next
+        [port] = free_ports(1)  # whoever takes it before MindSpore does ends this process, and the next one has another
         shared = shared_environment(world_size, port)
         own = {**shared, "MS_ROLE": "MS_SCHED", "GLOG_v": "3"}  # errors: its warnings come every 5 s
         return cls(name, await spawn(name, "agent.collective", log, own), shared, log)
