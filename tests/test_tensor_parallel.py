@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -14,7 +16,7 @@ import pytest
 from agent_client import attached
 from default_model import NEW_TOKENS, PROMPTS, default_model
 from golden_text import Answer, agreement, ask, ask_together, metric
-from serving_processes import STOP_SECONDS, Serving, eventually, serving
+from serving_processes import STOP_SECONDS, Serving, eventually, serving, standin_deployment
 from step_plans import Sequenced, make_plan
 
 from agent.protocol import StepError
@@ -30,19 +32,24 @@ pytestmark = [
 ]
 
 RANKS = 2
+START_SECONDS = 30.0
 
 
-@contextlib.contextmanager
-def deployed(ranks: int, folder: Path, cache_memory: str) -> Iterator[Serving]:
-    """The default model in the reference format on so many agents."""
-    model = {
+def on_ranks(ranks: int, cache_memory: str) -> dict[str, Any]:
+    """The default model in the reference format on so many agents, as a deployment names it."""
+    return {
         "path": str(default_model("float32", ranks)),
         "target": "cpu",
         "agent_ports": free_ports(ranks),
         "cache_memory": cache_memory,
         "cache_dtype": "float32",
     }
-    with serving(folder, [model]) as started:
+
+
+@contextlib.contextmanager
+def deployed(ranks: int, folder: Path, cache_memory: str) -> Iterator[Serving]:
+    """Its agents and app, ready for requests."""
+    with serving(folder, [on_ranks(ranks, cache_memory)]) as started:
         yield started
 
 
@@ -119,6 +126,24 @@ def test_preempted_requests_give_the_same_text(tmp_path: Path) -> None:
     with deployed(RANKS, tmp_path, "8MiB") as crowded:
         check(ask_together(crowded, PROMPTS[::3]))
         assert metric(crowded, "num_preemptions_total") > 0
+
+
+def test_two_ranks_need_less_than_half_a_minute_to_start(tmp_path: Path) -> None:
+    """Of processors and of waiting for each other; how long it takes says more of who else uses the machine.
+
+    The rank that came last waited for nothing but the meeting itself.
+    """
+    deployment = standin_deployment(tmp_path, [on_ranks(RANKS, "128MiB")])
+    try:
+        launcher = psutil.Process(deployment.start_agents().pid)
+        ranks = agents_of(deployment)
+        busy = [sum(process.cpu_times()[:2]) for process in (launcher, *ranks)]  # user and system, in seconds
+        logs = [path.read_text(encoding="utf-8") for path in tmp_path.glob("logs/agent-*.log")]
+        meetings = [float(seconds) for log in logs for seconds in re.findall(r"met the others after ([\d.]+) s", log)]
+        assert len(ranks) == len(meetings) == RANKS
+        assert busy[0] + max(busy[1:]) + min(meetings) < START_SECONDS
+    finally:
+        deployment.stop()
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
