@@ -122,7 +122,7 @@ def table_widths(phase: Phase, most_blocks: int) -> list[int]:
 
 
 def blank_steps(phase: Phase, limits: LimitsConfig, context_length: int, block_size: int) -> Iterator[StepBatch]:
-    """Padded steps in which every operator meets each of its shapes, those of the most tokens first.
+    """Padded steps in which every operator of a graph meets each of its shapes, those of the most tokens first.
 
     Every number of tokens meets every number of rows that it can come with, every width of block tables and every
     number of wanted positions. Rows meet widths as well, since a phase leaves only one of the two open beside tokens;

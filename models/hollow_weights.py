@@ -1,7 +1,7 @@
 """Weights that are nothing but dtype and shape while MindSpore compiles a network, and the graphs that come of it.
 
 What they hold goes from the checkpoint straight into the file that all graphs of a rank share, one weight at a time, so
-the memory of an export does not depend on the number of layers.
+the memory of an export hardly depends on the number of layers.
 """
 
 from __future__ import annotations
