@@ -61,10 +61,10 @@ def cpu_ports(config: ServingConfig) -> list[int]:
 def core_shares(agents: int) -> list[frozenset[int]]:
     """The CPUs that this process may use, divided among so many agents: to each its own cores, which are neighbours.
 
-    Where there are fewer cores than agents, each has them all.
+    Where some would have a single core, all have them all: an agent's other threads are in its operators' way there.
     """
     cores = list(cores_by_place().values())
-    if len(cores) < agents:
+    if len(cores) < 2 * agents:
         return [frozenset().union(*cores)] * agents
     ends = [len(cores) * i // agents for i in range(agents + 1)]
     return [frozenset().union(*cores[first:last]) for first, last in itertools.pairwise(ends)]

@@ -92,9 +92,9 @@ def test_several_agents_keep_to_cores_of_their_own(monkeypatch: pytest.MonkeyPat
     two = {"agent_ports": (1, 2)}
     assert cpus_of({}) == everything
     assert [cpus_of(two, rank=rank) for rank in (0, 1)] == [{0, 1, 4, 5}, {2, 3, 6, 7}]
-    assert cpus_of({"agent_ports": (3,)}, two, model=1, rank=1) == {2, 3, 6, 7}
+    assert cpus_of({}, {"agent_ports": (2,)}, model=1) == {2, 3, 6, 7}
     assert cpus_of({**two, "threads": 4}) == everything, "who chooses threads knows of more than this deployment"
-    assert cpus_of({"agent_ports": tuple(range(1, 6))}) == everything, "more agents than cores"
+    assert cpus_of({"agent_ports": (1, 2, 3)}) == everything, "one of them would have a single core"
     assert cpus_of({**two, "target": "ascend"}) == everything
     monkeypatch.setattr(placement, "cpu_quota", lambda: 4)
     assert cpus_of(two) == everything, "other containers have the same CPUs"
