@@ -28,7 +28,7 @@ from models.ascend_graphs import NAMES, input_names
 from models.checkpoint import Checkpoint, open_checkpoint
 
 LIMITS = LimitsConfig(max_num_seqs=2, max_num_batched_tokens=8)
-PLACE = Place(rank=0, world_size=1, device=0, threads=1)
+PLACE = Place(rank=0, world_size=1, device=0, threads=1, cpus=frozenset())
 TOLERANCE = 1e-4  # of a logit, in float32
 
 
