@@ -66,7 +66,7 @@ $(VENV)/bin/python:
 	@$(PIP) install --quiet --upgrade "pip>=24"
 
 $(VENV)/.ready: setup.py constraints.txt | $(VENV)/bin/python
-	@command -v $${CXX:-g++} clang++ c++ >/dev/null || echo "== No C++ compiler: models will run on MindSpore's standard operators, several times slower"
+	@command -v $${CXX:-g++} clang++ c++ >/dev/null || echo "== No C++ compiler: models will run on MindSpore's standard operators, ten to twenty times slower"
 	@echo "== Packages (MindSpore is the large one, 0.4 GB)"
 	$(PIP) install --progress-bar on --constraint constraints.txt --editable .
 	@echo "== Default model: SmolLM2-135M-Instruct, 0.1 GB"

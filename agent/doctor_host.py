@@ -22,7 +22,9 @@ def host() -> Iterator[Finding]:
     path = compiler()
     if path is None:
         advice = "install g++ or clang++, or name one in CXX, and export models again"
-        yield warning("compiler", "none: models run on MindSpore's standard operators, several times slower", advice)
+        yield warning(
+            "compiler", "none: models run on MindSpore's standard operators, ten to twenty times slower", advice
+        )
     else:
         yield ok("compiler", path)
     yield ok("memory", f"{gib(free_memory())} free")

@@ -173,7 +173,8 @@ def main() -> int:
         print(f"C++ operators: {built}; {TILES[Library(built).tiles()]}")  # noqa: T201
     except BuildError as error:
         print(f"C++ operators: not built: {error}", file=sys.stderr)  # noqa: T201
-        print("models will run on MindSpore's standard operators, which are several times slower", file=sys.stderr)  # noqa: T201
+        loss = "models will run on MindSpore's standard operators, which are ten to twenty times slower"
+        print(loss, file=sys.stderr)  # noqa: T201
     return 0
 
 

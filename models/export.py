@@ -266,7 +266,7 @@ def choose_operators(wish: str) -> Operators:
     except library.BuildError as error:
         if wish == "native":
             raise
-        logger.warning("%s; exporting with MindSpore's standard operators, which are several times slower", error)
+        logger.warning("%s; exporting with MindSpore's standard operators, which are ten to twenty times slower", error)
         return "portable"
     return "native"
 

@@ -209,7 +209,7 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> N
 def test_without_a_compiler_the_export_runs_on_standard_operators(checkpoint: Path, tmp_path: Path) -> None:
     done = run_export(checkpoint, tmp_path / "tiny", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    assert "standard operators, which are several times slower" in done.stderr
+    assert "standard operators, which are ten to twenty times slower" in done.stderr
     assert read_manifest(tmp_path / "tiny").cache_write == "host"
     refused = run_export(checkpoint, tmp_path / "other", "--operators", "native", CXX="no-such-compiler")
     assert refused.returncode == 1
