@@ -29,7 +29,7 @@ DEFAULT_URL = "http://127.0.0.1:9811"
 URL, KEY = "MINDSPORE_LLM_URL", "MINDSPORE_LLM_API_KEY"  # environment variables
 FAILED, CANNOT, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
 
-TODO = {  # beside what the error itself says
+ADVICE = {  # beside what the error itself says
     NoConnection: f"; --url or ${URL} says where the server is",
     NotAuthorized: f"; --api-key or ${KEY} says the key",
     TimedOut: "; --timeout sets all of them",
@@ -216,5 +216,5 @@ def first_model(server: Server) -> str:
 def words_of(error: ClientError) -> str:
     """An error as a person reads it."""
     found = f" (request id {error.request_id})" if error.request_id else ""
-    todo = next((words for kind, words in TODO.items() if isinstance(error, kind)), "")
-    return f"error: {error.message}{found}{todo}"
+    advice = next((words for kind, words in ADVICE.items() if isinstance(error, kind)), "")
+    return f"error: {error.message}{found}{advice}"

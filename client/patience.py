@@ -26,9 +26,7 @@ class Timeouts:
     """
 
     connect: float | None = 5.0
-    first_token: float | None = (
-        300.0  # of a stream: from sending the request on, headers and all, until a token is there
-    )
+    first_token: float | None = 300.0  # of a stream: from sending the request, headers and all, until a token is there
     between_tokens: float | None = 60.0  # of a stream: from then, or from when its reader asks for more
     answer: float | None = 600.0  # of an answer in one piece: without any byte of it
 
