@@ -3,7 +3,6 @@
 import { ServerError, status } from "./server.js";
 
 export const WINDOW_SECONDS = 300; // that the charts show at most
-const KEPT_SECONDS = WINDOW_SECONDS + 30; // more, so that it is known from its beginning
 const WATCHED_MILLISECONDS = 1000; // between two questions while the figures are on view
 const UNWATCHED_MILLISECONDS = 5000;
 const AWAY_MILLISECONDS = [1000, 1000, 2000, 3000, 5000]; // from one attempt to the next
@@ -68,8 +67,13 @@ export class Monitor {
     const rate = (name) => (seconds > 0 && model[name] >= before[name] ? (model[name] - before[name]) / seconds : null);
     sample.generation_rate = rate("generation_tokens");
     sample.prompt_rate = rate("prompt_tokens");
-    this.samples.set(model.names[0], [...samples.filter(({ time }) => now - time <= KEPT_SECONDS), sample]);
+    this.samples.set(model.names[0], [...samples.slice(beginning(samples, now - WINDOW_SECONDS)), sample]);
   }
+}
+
+/** The index of the last sample that is not after `time`, or 0: with it, all since then is known. */
+function beginning(samples, time) {
+  return Math.max(samples.findLastIndex((sample) => sample.time <= time), 0);
 }
 
 function stateOf({ draining, models }) {
