@@ -14,7 +14,7 @@ import msgspec
 
 from config.serving_config import Target, WeightFormat
 
-MANIFEST_VERSION = 4
+MANIFEST_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 LOGITS_RUN = 64  # neighbouring logits of which a graph tells the largest; kernels/linear.cc knows this number too
 CACHE_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int32": 4}  # the last: the stand-in's

@@ -18,10 +18,11 @@
 
 namespace native {
 
-constexpr int kSlices = kPanelRows / lanes::kLanes;  // of a panel, each as wide as a vector
-
 // Tokens whose sums fill the registers beside a slice of a block (AVX-512), or that pay for unpacking it.
 constexpr int tokens_at_once([[maybe_unused]] Format format) {
+#if NATIVE_BYTE_PAIRS
+  if (format != Format::kBf16) return lanes::kLanes / 2;  // each has a sum of pairs in every slice beside them
+#endif
 #if defined(__AVX512F__)
   return 16;
 #else
@@ -112,28 +113,48 @@ struct Scales {
   }
 };
 
+// Adds a block's products with M tokens, whose numbers in that block begin at `codes` and `rests`, to their sums.
+template <Format F, int M, bool kRests>
+inline void add_block(const uint8_t *block, const int8_t *codes, const int8_t *rests, int64_t columns, const Tokens::Block *of_token,
+                      lanes::Lanes (&sums)[kSlices][M]) {
+  using namespace lanes;
+  const int64_t blocks = columns / kBlockColumns;
+#if NATIVE_BYTE_PAIRS
+  Ints dots[kSlices][M], rest_dots[kSlices][M];
+  multiply_block<F, M>(block, codes, columns, dots);
+  if constexpr (kRests) multiply_block<F, M>(block, rests, columns, rest_dots);
+#endif
+  for (int s = 0; s < kSlices; ++s) {
+    const Scales<F> scales(block, s);
+#if NATIVE_BYTE_PAIRS
+    const auto whole = [&](int m, int32_t start) { return dots[s][m] + start; };
+    const auto rest = [&](int m, int32_t start) { return rest_dots[s][m] + start; };
+#else
+    const Codes slice = read_codes<F>(block + 4 * kLanes * s);
+    const auto whole = [&](int m, int32_t start) { return dot(slice, codes + m * columns, start - Ints{}); };
+    const auto rest = [&](int m, int32_t start) { return dot(slice, rests + m * columns, start - Ints{}); };
+#endif
+    for (int m = 0; m < M; ++m) {
+      const Tokens::Block &token = of_token[m * blocks];
+      Lanes steps = __builtin_convertvector(whole(m, token.start), Lanes);
+      if constexpr (kRests) steps += __builtin_convertvector(rest(m, token.rest_start), Lanes) * (1.f / kRestSteps);
+      scales.add(steps, token.scale, kRests ? token.sum + token.rest_sum : token.sum, sums[s][m]);
+    }
+  }
+}
+
 template <Format F, int M, bool kRests>
 inline void byte_dots(const uint8_t *panel, const Tokens &x, int64_t first_token, float *out, int64_t stride) {
   using namespace lanes;
   constexpr BlockLayout layout = layout_of(F);
   const int64_t blocks = x.columns / kBlockColumns;
-  const int8_t *tokens = x.codes + first_token * x.columns, *rests = kRests ? x.rests + first_token * x.columns : nullptr;
+  const int8_t *codes = x.codes + first_token * x.columns, *rests = kRests ? x.rests + first_token * x.columns : nullptr;
   const Tokens::Block *of_token = x.blocks + first_token * blocks;
   Lanes sums[kSlices][M] = {};
   for (int64_t b = 0; b < blocks; ++b, panel += layout.bytes * kPanelRows) {
     fetch_ahead(panel, layout.bytes);
-    for (int s = 0; s < kSlices; ++s) {
-      const Codes<F> codes = read_codes<F>(panel + 4 * kLanes * s);
-      const Scales<F> scales(panel, s);
-      for (int m = 0; m < M; ++m) {
-        const int64_t at = m * x.columns + b * kBlockColumns;
-        const Tokens::Block &token = of_token[m * blocks + b];
-        Lanes steps = __builtin_convertvector(dot(codes, tokens + at, token.start - Ints{}), Lanes);
-        if constexpr (kRests)
-          steps += __builtin_convertvector(dot(codes, rests + at, token.rest_start - Ints{}), Lanes) * (1.f / kRestSteps);
-        scales.add(steps, token.scale, kRests ? token.sum + token.rest_sum : token.sum, sums[s][m]);
-      }
-    }
+    const int64_t at = b * kBlockColumns;
+    add_block<F, M, kRests>(panel, codes + at, kRests ? rests + at : nullptr, x.columns, of_token + b, sums);
   }
   for (int s = 0; s < kSlices; ++s)
     for (int m = 0; m < M; ++m) store(out + m * stride + s * kLanes, sums[s][m]);
@@ -170,13 +191,16 @@ inline void bfloat_dots(const uint8_t *panel, const Tokens &x, int64_t first_tok
   Lanes sums[kSlices][M] = {};
   for (int64_t k = 0; k < x.columns; k += 2, panel += 4 * kPanelRows) {
     __builtin_prefetch(panel + kBlocksAhead * layout_of(Format::kBf16).bytes * kPanelRows, 0, 2);
+    Lanes even[kSlices], odd[kSlices];
     for (int s = 0; s < kSlices; ++s) {
       const auto pairs = read<Words>(panel + 4 * kLanes * s);
-      const auto even = reinterpret_cast<Lanes>(pairs << 16), odd = reinterpret_cast<Lanes>(pairs & 0xffff0000u);
-      for (int m = 0; m < M; ++m) {
-        sums[s][m] += even * tokens[m * x.columns + k];
-        sums[s][m] += odd * tokens[m * x.columns + k + 1];
-      }
+      even[s] = reinterpret_cast<Lanes>(pairs << 16);
+      odd[s] = reinterpret_cast<Lanes>(pairs & 0xffff0000u);
+    }
+    for (int m = 0; m < M; ++m) {
+      const Lanes first = all(tokens[m * x.columns + k]), second = all(tokens[m * x.columns + k + 1]);
+      for (int s = 0; s < kSlices; ++s) sums[s][m] += even[s] * first;
+      for (int s = 0; s < kSlices; ++s) sums[s][m] += odd[s] * second;
     }
   }
   for (int s = 0; s < kSlices; ++s)

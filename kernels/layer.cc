@@ -6,7 +6,7 @@
 //
 // Every operator here takes x f32 [T, N] first, and those with attention then what layers have in common, inputs 1 to 7 of
 // PagedAttention: cos_sin, slot_mapping, block_tables, query_lens, context_lens, key_cache, value_cache.
-#include "operator.h"
+#include "bundle.h"
 
 using namespace native;
 
@@ -23,15 +23,6 @@ namespace native {
 namespace {
 
 using Operator = decltype(NormLinear);
-
-// One argument of an operator.
-struct Value {
-  static constexpr int kMostAxes = 4;
-  void *data;
-  const char *dtype;
-  int rank;
-  int64_t shape[kMostAxes];
-};
 
 // Argument i of the operator that is running.
 Value argument(const Arguments &a, int i) {
@@ -69,36 +60,55 @@ Value zeros(int64_t rows, int64_t columns) {
   return {memory.data(), "float32", 2, {rows, columns}};
 }
 
-// The first argument that belongs to one layer of AttentionShare.
+// Where each weight stands in a layer's bundle; the biases that it has follow: of qkv f32 [Q], or also of output f32 [N].
+enum LayerWeight : int64_t {
+  kAttentionNorm,  // f32 [N + 1]
+  kQkv,            // [Q, N]
+  kConstants,      // of PagedAttention
+  kOutput,         // [N, H * D]
+  kMlpNorm,        // f32 [N + 1]
+  kGateUp,         // [2 * I, N]
+  kDown,           // [N, I]
+  kQkvBias,
+  kOutputBias,
+};
+
+// The first argument that belongs to one layer: its bundle.
 constexpr int kOwn = 8;
 
-// Norm, qkv, attention and output, added to `residual`. Arguments `own` to `own + 3` are: attention norm f32 [N + 1]; qkv weight
-// [Q, N]; constants of PagedAttention; output weight [N, H * D]. From `bias` on: none, the bias of qkv f32 [Q], and that of
-// output f32 [N].
-void attention(const Arguments &a, const Value &x, int own, int bias, int biases, const Value &residual, const Value &out) {
-  const auto in = [&](int i) { return argument(a, i); };
-  const float *constants = a.data<float>(own + 2, "float32", 1);
-  require(a.dim(own + 2, 0) >= 5, "constants are missing");
-  for (int i : {own + 1, 1}) a.expect_rank(i, 2);
-  require(constants[2] >= 1.f && constants[2] < 65536.f, "the number of heads is wrong");
-  const auto heads = static_cast<int64_t>(constants[2]);
-  static std::vector<float> projected, attended;  // of the runtime's one operator thread
-  const Value qkv = matrix(projected, x.shape[0], a.dim(own + 1, 0));
-  const Value values = matrix(attended, x.shape[0], heads * a.dim(1, 1));
-  biases > 0 ? call(NormLinear, {x, in(own), in(own + 1), in(bias), qkv}) : call(NormLinear, {x, in(own), in(own + 1), qkv});
-  call(PagedAttention, {qkv, in(1), in(2), in(3), in(4), in(5), in(6), in(7), in(own + 2), values});
-  biases > 1 ? call(ResidualLinear, {residual, values, in(own + 3), in(bias + 1), out})
-             : call(ResidualLinear, {residual, values, in(own + 3), out});
+// The weights of the layer that is argument i.
+Bundle layer_weights(const Arguments &a, int i) {
+  const Bundle weights(a, i);
+  require(weights.count() >= kQkvBias && weights.count() <= kOutputBias + 1,
+          [&] { return "a layer has 7 to 9 weights, argument " + std::to_string(i) + " " + std::to_string(weights.count()); });
+  return weights;
 }
 
-// Norm, gate and up, SwiGLU and down, added to `residual`. Arguments from `first` on: MLP norm f32 [N + 1]; weight of gate and
-// up [2 * I, N]; weight of down [N, I].
-void mlp(const Arguments &a, const Value &x, int first, const Value &residual, const Value &out) {
-  a.expect_rank(first + 1, 2);
+// Norm, qkv, attention and output, added to `residual`.
+void attention(const Arguments &a, const Value &x, const Bundle &weights, const Value &residual, const Value &out) {
+  const auto in = [&](int i) { return argument(a, i); };
+  const Value constants = weights[kConstants], qkv = weights[kQkv], output = weights[kOutput];
+  const auto *numbers = static_cast<const float *>(constants.data);
+  require(constants.rank == 1 && std::strcmp(constants.dtype, "float32") == 0 && constants.shape[0] >= 5, "constants are missing");
+  require(numbers[2] >= 1.f && numbers[2] < 65536.f, "the number of heads is wrong");
+  a.expect_rank(1, 2);
+  const auto heads = static_cast<int64_t>(numbers[2]);
+  static std::vector<float> projected, attended;  // of the runtime's one operator thread
+  const Value heads_in = matrix(projected, x.shape[0], qkv.shape[0]), heads_out = matrix(attended, x.shape[0], heads * a.dim(1, 1));
+  weights.count() > kQkvBias ? call(NormLinear, {x, weights[kAttentionNorm], qkv, weights[kQkvBias], heads_in})
+                             : call(NormLinear, {x, weights[kAttentionNorm], qkv, heads_in});
+  call(PagedAttention, {heads_in, in(1), in(2), in(3), in(4), in(5), in(6), in(7), constants, heads_out});
+  weights.count() > kOutputBias ? call(ResidualLinear, {residual, heads_out, output, weights[kOutputBias], out})
+                                : call(ResidualLinear, {residual, heads_out, output, out});
+}
+
+// Norm, gate and up, SwiGLU and down, added to `residual`.
+void mlp(const Value &x, const Bundle &weights, const Value &residual, const Value &out) {
+  const Value gate_up = weights[kGateUp];
   static std::vector<float> gated;
-  const Value hidden = matrix(gated, x.shape[0], a.dim(first + 1, 0) / 2);
-  call(NormGatedLinear, {x, argument(a, first), argument(a, first + 1), hidden});
-  call(ResidualLinear, {residual, hidden, argument(a, first + 2), out});
+  const Value hidden = matrix(gated, x.shape[0], gate_up.shape[0] / 2);
+  call(NormGatedLinear, {x, weights[kMlpNorm], gate_up, hidden});
+  call(ResidualLinear, {residual, hidden, weights[kDown], out});
 }
 
 }  // namespace
@@ -108,27 +118,20 @@ extern "C" {
 
 // Layer after layer: y = x + output(attention(qkv(norm(x)))), then y + down(silu(gate) * up) of norm(y).
 //
-// Inputs: 0 to 7 as above; 8 layers i32 [1], how many there are; then of each layer in turn: 4 of attention, 3 of mlp and up to
-// two biases. Output: f32 [T, N].
+// Inputs: 0 to 7 as above; then the bundle of each layer. Output: f32 [T, N].
 int DecoderLayers(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("DecoderLayers", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    constexpr int kFirst = kOwn + 1, kWeights = 7;
-    require(count > kFirst, "takes 9 inputs and those of its layers");
+    require(count > kOwn + 1, "takes 8 inputs and a bundle for each layer");
     a.expect_rank(0, 2);
-    const int32_t *given = a.data<int32_t>(kOwn, "int32", 1);
-    a.expect_dim(kOwn, 0, 1);
-    const int layers = *given, inputs = count - kFirst - 1, each = layers > 0 ? inputs / layers : 0;
-    require(each >= kWeights && each <= kWeights + 2 && each * layers == inputs,
-            [&] { return std::to_string(inputs) + " inputs are not 7 to 9 for each of " + std::to_string(layers) + " layers"; });
     static std::vector<float> halfway, between[2];
     const Value y = matrix(halfway, a.dim(0, 0), a.dim(0, 1));
     Value x = argument(a, 0);
-    for (int layer = 0; layer < layers; ++layer) {
-      const int own = kFirst + layer * each;
-      const Value out = layer + 1 < layers ? matrix(between[layer % 2], a.dim(0, 0), a.dim(0, 1)) : argument(a, count - 1);
-      attention(a, x, own, own + kWeights, each - kWeights, x, y);
-      mlp(a, y, own + 4, y, out);
+    for (int i = kOwn; i < count - 1; ++i) {
+      const Bundle weights = layer_weights(a, i);
+      const Value out = i + 1 < count - 1 ? matrix(between[i % 2], a.dim(0, 0), a.dim(0, 1)) : argument(a, count - 1);
+      attention(a, x, weights, x, y);
+      mlp(y, weights, y, out);
       x = out;
     }
   });
@@ -136,25 +139,25 @@ int DecoderLayers(int count, void **pointers, int *ranks, int64_t **shapes, cons
 
 // One rank's share of a layer's first half, which all ranks' sum up to: output(attention(qkv(norm(x)))).
 //
-// Inputs: 0 to 7 as above; 4 of attention; then up to two biases. Output: f32 [T, N].
+// Inputs: 0 to 7 as above; 8 the layer's bundle. Output: f32 [T, N].
 int AttentionShare(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("AttentionShare", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    require(count >= 13 && count <= 15, "takes 12 to 14 inputs");
+    a.expect(kOwn + 2);
     a.expect_rank(0, 2);
-    attention(a, argument(a, 0), kOwn, kOwn + 4, count - 13, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, count - 1));
+    attention(a, argument(a, 0), layer_weights(a, kOwn), zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, kOwn + 1));
   });
 }
 
 // The same of its second half: down(silu(gate) * up) of norm(x).
 //
-// Inputs: 0 x; 1 to 3: of mlp. Output: f32 [T, N].
+// Inputs: 0 x; 1 the layer's bundle. Output: f32 [T, N].
 int MLPShare(int count, void **pointers, int *ranks, int64_t **shapes, const char **dtypes, void *, void *) {
   return guarded("MLPShare", [&] {
     const Arguments a(count, pointers, ranks, shapes, dtypes);
-    a.expect(5);
+    a.expect(3);
     a.expect_rank(0, 2);
-    mlp(a, argument(a, 0), 1, zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, 4));
+    mlp(argument(a, 0), layer_weights(a, 1), zeros(a.dim(0, 0), a.dim(0, 1)), argument(a, 2));
   });
 }
 

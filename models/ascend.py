@@ -21,7 +21,7 @@ numbers. All numbers have one dtype, bfloat16 or float16; logits are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +45,11 @@ DTYPES = {"bfloat16": bfloat16, "float16": np.float16}  # that the NPU's attenti
 UNBOUNDED = 2147483647  # tokens: FlashAttentionScore looks at all that its mask leaves
 PREFILL_MASK = 128  # tokens: rows and columns of the triangle that FlashAttentionScore tiles over a row of any length
 MASKED = -10000.0  # added to a score that must not count
+
+
+def names(config: NetworkConfig) -> Collection[str]:
+    """What the Cells below ask for: the network's weights, as they are."""
+    return config.weight_shapes().keys()
 
 
 def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:

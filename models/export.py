@@ -149,7 +149,8 @@ def matching(folder: Path, from_digest: str, export_digest: str) -> Manifest | N
 def options_digest(options: ExportOptions) -> str:
     """Stands for everything beside the checkpoint that an export depends on: options, our code, MindSpore's version."""
     digest = hashlib.sha256(f"{options} {__version__} {mindspore_version()}".encode())
-    for source in (*sorted(Path(__file__).parent.glob("*.py")), library.SOURCES / "packed_weight.h"):
+    formats = (library.SOURCES / name for name in ("bundle.h", "packed_weight.h"))
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), *formats):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

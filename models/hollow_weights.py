@@ -6,7 +6,7 @@ the memory of an export hardly depends on the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,40 +18,45 @@ from mindspore.train.mind_ir_pb2 import ModelProto
 from config.manifest import GraphTensor
 from config.serving_config import WeightFormat
 from models import mindir
+from models.network_config import NetworkConfig
 from models.weight_map import Rows, WeightSource
 
 
 class Packing(Protocol):
     """How a target wants its weights: the modules ``portable``, ``native`` and ``ascend`` say so."""
 
+    def names(self, config: NetworkConfig) -> Collection[str]:
+        """What there is: the network's weights, and what else its Cells want to have as one."""
+
     def layout(self, source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
         """MindSpore's dtype and the shape of what ``read`` returns, without reading it."""
 
     def read(self, source: WeightSource, name: str, weights: WeightFormat) -> Rows:
-        """One weight of a checkpoint as the target's operators want it."""
+        """What one of the names stands for, as the target's operators want it."""
 
 
 class HollowWeights:
-    """A network's weights as Parameters; matrices have no memory."""
+    """A network's weights as Parameters; only vectors have memory."""
 
     def __init__(self, source: WeightSource, packing: Packing, weights: WeightFormat) -> None:
         self._source = source
         self._packing = packing
         self._weights = weights
-        self._shapes = source.config.weight_shapes()
+        self._names = packing.names(source.config)
+        self._vectors = {name for name, shape in source.config.weight_shapes().items() if len(shape) == 1}
         self._made: dict[str, Parameter] = {}
         self._hollow: dict[int, str] = {}  # id of a Parameter without memory → name of its weight
 
     def get(self, name: str) -> Parameter | None:
-        """The weight of that name, or None if this network has none."""
-        if name not in self._shapes:
+        """What has that name, or None if this network has nothing of it."""
+        if name not in self._names:
             return None
         if name not in self._made:
             self._made[name] = self._make(name)
         return self._made[name]
 
     def _make(self, name: str) -> Parameter:
-        if len(self._shapes[name]) == 1:  # small, and what Cells compute constants from
+        if name in self._vectors:  # small, and what Cells compute constants from
             value = Tensor(self._packing.read(self._source, name, self._weights))
             return Parameter(value, name=name, requires_grad=False)
         dtype, shape = self._packing.layout(self._source, name, self._weights)

@@ -6,6 +6,7 @@ mapping and attends over the row's blocks, for rows of any length in either phas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,11 @@ from mindspore.ops import CustomRegOp, DataType
 
 from config.serving_config import WeightFormat
 from kernels import library
+from models import bundle
 from models.checkpoint_error import CheckpointError
 from models.network_config import NetworkConfig
 from models.weight_format import MATRICES, block_kind, panels, read_blocks, row_bytes
-from models.weight_map import Rows, Weights, WeightSource, of_layer
+from models.weight_map import Floats, Rows, Weights, WeightSource
 
 F32, I32, U8 = DataType.F32_Default, DataType.I32_Default, DataType.U8_Default
 
@@ -27,7 +29,10 @@ MAX_STEP_TOKENS = None  # as many as the configuration allows
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # of paged_attention.cc
 CACHE_DTYPES = (F32, DataType.F16_Default, DataType.BF16_Default, DataType.I8_Default)
 STEP_DTYPES = [(F32, F32, I32, I32, I32, I32, cache, cache) for cache in CACHE_DTYPES]  # x, geometry and cache
-LAYERS_AT_ONCE = 10  # in one operator; what more of them would save is lost in the noise
+HEAD_NORMS = ("q_norm", "k_norm")
+NORMS = ("attention_norm", "mlp_norm", "norm")
+CONSTANTS, CONSTANT_NUMBERS = "constants", 5  # of attention
+LAYER = ("attention_norm", "qkv", CONSTANTS, "output", "mlp_norm", "gate_up", "down", "qkv_bias", "output_bias")
 
 
 def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Custom:
@@ -45,20 +50,47 @@ def custom(name: str, *signatures: tuple[Any, ...], outputs: int = 1) -> ops.Cus
     return ops.Custom(f"{library.path()}:{name}", None, None, "aot", reg_info=info.target("CPU").get_op_info())
 
 
+def names(config: NetworkConfig) -> set[str]:
+    """What the Cells below ask for: weights, and of each layer its ``parts`` in one."""
+    return {*config.weight_shapes(), *(f"layers.{index}" for index in range(config.num_layers))}
+
+
+def parts(config: NetworkConfig, layer: str) -> list[str]:
+    """What is in a layer's bundle, in the order of ``LayerWeight`` in ``kernels/layer.cc``."""
+    weights = config.weight_shapes()
+    return [name for kind in LAYER if (name := f"{layer}.{kind}") in weights or kind == CONSTANTS]
+
+
+def is_layer(name: str) -> bool:
+    """Whether this is all of a layer, rather than a weight."""
+    return name.startswith("layers.") and name.count(".") == 1
+
+
 def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
-    """MindSpore's dtype and the shape of what ``read`` returns for a matrix.
+    """MindSpore's dtype and the shape of what ``read`` returns for a name, without reading it.
 
     Raises:
         CheckpointError: the weight cannot have that format.
     """
-    rows, columns = source.config.weight_shapes()[name]
-    if weights == "float32":
-        return ms.float32, (rows, columns)
-    return ms.uint8, (rows, row_bytes(block_kind(source, name, weights), columns))
+    if is_layer(name):
+        return ms.uint8, (bundle.size([array_layout(source, part, weights) for part in parts(source.config, name)]),)
+    dtype, shape = array_layout(source, name, weights)
+    return (ms.uint8 if dtype == np.uint8 else ms.float32), shape
+
+
+def array_layout(source: WeightSource, name: str, weights: WeightFormat) -> bundle.Layout:
+    """NumPy's dtype and the shape of one weight or of a layer's constants."""
+    config, kind = source.config, name.rpartition(".")[2]
+    if kind == CONSTANTS:
+        return np.float32, (CONSTANT_NUMBERS + (2 * config.head_dim if config.qk_norm else 0),)
+    shape = config.weight_shapes()[name]
+    if kind in MATRICES and weights != "float32":
+        return np.uint8, (shape[0], row_bytes(block_kind(source, name, weights), shape[1]))
+    return np.float32, (shape[0] + 1,) if kind in NORMS else shape
 
 
 def read(source: WeightSource, name: str, weights: WeightFormat) -> Rows:
-    """A weight of ``network_config`` as these operators want it.
+    """A weight of ``network_config`` as these operators want it, or a layer's in one.
 
     Norms end in their epsilon; rows of gate and up take turns, so that a thread has both of an output; matrices have
     the format ``weights``.
@@ -67,7 +99,13 @@ def read(source: WeightSource, name: str, weights: WeightFormat) -> Rows:
         CheckpointError: the weight cannot have that format.
     """
     config, kind = source.config, name.rpartition(".")[2]
-    if kind in ("attention_norm", "mlp_norm", "norm"):
+    if is_layer(name):
+        inside = parts(config, name)
+        layouts = [array_layout(source, part, weights) for part in inside]
+        return bundle.pack(layouts, (read(source, part, weights) for part in inside))
+    if kind == CONSTANTS:
+        return attention_constants(source, name.removesuffix(f".{CONSTANTS}"))
+    if kind in NORMS:
         return np.append(source.read(name), np.float32(config.norm_eps))
     if weights == "float32" or kind not in MATRICES:
         value = source.read(name)
@@ -76,6 +114,16 @@ def read(source: WeightSource, name: str, weights: WeightFormat) -> Rows:
     if kind == "gate_up":
         blocks = replace(blocks, rows=in_turn(blocks.rows))
     return panels(blocks, config.weight_shapes()[name][1])
+
+
+def attention_constants(source: WeightSource, layer: str) -> Floats:
+    """What PagedAttention must know of the network: numbers, then the weights of the heads' norms if it has them."""
+    config = source.config
+    index = int(layer.removeprefix("layers."))
+    numbers = [index, config.num_layers, config.num_heads, config.num_kv_heads, config.norm_eps]
+    norms = [source.read(f"{layer}.{norm}") for norm in HEAD_NORMS] if config.qk_norm else []
+    constants: Floats = np.concatenate([np.asarray(numbers, dtype=np.float32), *norms])
+    return constants
 
 
 def in_turn(rows: Rows) -> Rows:
@@ -131,67 +179,46 @@ class Geometry(nn.Cell):  # type: ignore[misc]
 
 
 class DecoderLayers(nn.Cell):  # type: ignore[misc]
-    """Some layers one after another in one operator: attention and gated MLP, each on the residual stream.
+    """Layers one after another in one operator: attention and gated MLP, each on the residual stream.
 
     ``construct(x [T, hidden], geometry, key_cache, value_cache) -> (x, ())``: nothing is left for the host to write.
     """
 
-    def __init__(self, config: NetworkConfig, layers: range, weights: Weights) -> None:
+    def __init__(self, layers: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
-        of_all = [(index, of_layer(weights, index)) for index in layers]
-        own = [(*attention_inputs(config, i, its), *mlp_inputs(its), *biases_of(its)) for i, its in of_all]
-        self.own = ParameterTuple(weight for layer in own for weight in layer)
-        count = Tensor(np.array([len(layers)], np.int32))
-        self.count = Parameter(count, name=f"layers.{layers.start}.count", requires_grad=False)
-        self.run = custom("DecoderLayers", *((*step, I32, *map(dtype_of, self.own), F32) for step in STEP_DTYPES))
+        self.own = ParameterTuple(layers)
+        self.run = custom("DecoderLayers", *((*step, *(U8 for _ in layers), F32) for step in STEP_DTYPES))
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        return self.run(x, *geometry, key_cache, value_cache, self.count, *self.own), ()
+        return self.run(x, *geometry, key_cache, value_cache, *self.own), ()
 
 
 class SharedLayer(nn.Cell):  # type: ignore[misc]
     """One layer on one of several ranks, whose results ``reduce`` sums up after attention and after the MLP."""
 
-    def __init__(self, config: NetworkConfig, index: int, weights: Weights, reduce: Any) -> None:
+    def __init__(self, layer: Parameter, reduce: Any) -> None:
         super().__init__(auto_prefix=False)
-        self.attention = ParameterTuple((*attention_inputs(config, index, weights), *biases_of(weights)))
-        self.mlp = ParameterTuple(mlp_inputs(weights))
-        self.attend = custom("AttentionShare", *((*step, *map(dtype_of, self.attention), F32) for step in STEP_DTYPES))
-        self.gate = custom("MLPShare", (F32, *map(dtype_of, self.mlp), F32))
+        self.own = layer
+        self.attend = custom("AttentionShare", *((*step, U8, F32) for step in STEP_DTYPES))
+        self.gate = custom("MLPShare", (F32, U8, F32))
         self.reduce = reduce
 
     def construct(self, x: Tensor, geometry: Any, key_cache: Tensor, value_cache: Tensor) -> Any:
-        x = x + self.reduce(self.attend(x, *geometry, key_cache, value_cache, *self.attention))
-        return x + self.reduce(self.gate(x, *self.mlp)), ()
+        x = x + self.reduce(self.attend(x, *geometry, key_cache, value_cache, self.own))
+        return x + self.reduce(self.gate(x, self.own)), ()
 
 
 def layers(phase: str, config: NetworkConfig, weights: Weights, reduce: Any = None) -> list[nn.Cell]:
-    """A network's layers, the same in both phases: several in a Cell, or one if ``reduce`` sums up several ranks'."""
-    every = range(config.num_layers)
-    if reduce is not None:
-        return [SharedLayer(config, index, of_layer(weights, index), reduce) for index in every]
-    return [DecoderLayers(config, every[i : i + LAYERS_AT_ONCE], weights) for i in every[::LAYERS_AT_ONCE]]
-
-
-def attention_inputs(config: NetworkConfig, index: int, weights: Weights) -> tuple[Parameter, ...]:
-    """A layer's norm, qkv, constants and output.
+    """A network's layers, the same in both phases: all in one Cell, or a Cell each if ``reduce`` sums up ranks' shares.
 
     Raises:
         CheckpointError: the C++ attention does not take such heads.
     """
     check_heads(config)
-    constants = attention_constants(config, index, weights("q_norm"), weights("k_norm"))
-    return weights("attention_norm"), weights("qkv"), constants, weights("output")
-
-
-def mlp_inputs(weights: Weights) -> tuple[Parameter, ...]:
-    """A layer's other norm, gate with up, and down."""
-    return weights("mlp_norm"), weights("gate_up"), weights("down")
-
-
-def biases_of(weights: Weights) -> tuple[Parameter, ...]:
-    """The biases that a layer has: of qkv, or of qkv and output."""
-    return tuple(bias for bias in (weights("qkv_bias"), weights("output_bias")) if bias is not None)
+    every = [weights(f"layers.{index}") for index in range(config.num_layers)]
+    if reduce is not None:
+        return [SharedLayer(layer, reduce) for layer in every]
+    return [DecoderLayers(every)]
 
 
 class Head(nn.Cell):  # type: ignore[misc]
@@ -204,14 +231,6 @@ class Head(nn.Cell):  # type: ignore[misc]
 
     def construct(self, x: Tensor, logits_indices: Tensor) -> Any:
         return self.head(x, logits_indices, self.norm, self.weight)
-
-
-def attention_constants(config: NetworkConfig, layer: int, q_norm: Parameter | None, k_norm: Parameter | None) -> Any:
-    """What PagedAttention must know of the network: numbers, then the weights of the heads' norms if it has them."""
-    numbers = [layer, config.num_layers, config.num_heads, config.num_kv_heads, config.norm_eps]
-    norms = [] if q_norm is None or k_norm is None else [q_norm.asnumpy(), k_norm.asnumpy()]
-    packed = np.concatenate([np.asarray(numbers, dtype=np.float32), *norms])
-    return Parameter(Tensor(packed), name=f"layers.{layer}.attention_constants", requires_grad=False)
 
 
 def check_heads(config: NetworkConfig) -> None:

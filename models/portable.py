@@ -13,6 +13,7 @@ Shapes: T new tokens of R rows, H query heads in G groups on K key/value heads o
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import mindspore as ms
@@ -24,6 +25,11 @@ from models.weight_map import Floats, Weights, WeightSource, of_layer
 
 MAX_STEP_TOKENS = 128  # MindSpore reuses little memory within a step, so its peak grows with the tokens
 MASKED = -1e30  # added to a score that must not count; finite, so that no row turns into NaN
+
+
+def names(config: NetworkConfig) -> Collection[str]:
+    """What the Cells below ask for: the network's weights, as they are."""
+    return config.weight_shapes().keys()
 
 
 def layout(source: WeightSource, name: str, weights: WeightFormat) -> tuple[Any, tuple[int, ...]]:
