@@ -37,11 +37,11 @@ export: $(VENV)/.ready
 bench: $(VENV)/.ready-bench export
 	@$(RUN) -m benchmarks.compare --config $(CONFIG) $(if $(PEERS),--peers $(PEERS))
 
-test: $(VENV)/.ready-test
-	$(RUN) -m pytest -m "not slow"
-
 # Files, not tests: those of a file share the processes that they talk to
 TWO_AT_A_TIME = --numprocesses 2 --dist loadfile
+
+test: $(VENV)/.ready-test
+	$(RUN) -m pytest -m "not slow" $(TWO_AT_A_TIME)
 
 test-full: $(VENV)/.ready-test
 	$(RUN) -m pytest -m "slow and not alone" $(TWO_AT_A_TIME)

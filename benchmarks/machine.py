@@ -34,6 +34,7 @@ class Machine:
     cores: int
     read_gb: float  # GB/s
     gflops: float  # float32
+    instructions: str  # that the C++ operators use
 
 
 def measure() -> Machine:
@@ -43,7 +44,14 @@ def measure() -> Machine:
         BuildError: there is no C++ compiler.
     """
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    return Machine(cpu=cpu_name(), cores=cores, read_gb=read_speed(cores), gflops=multiply_speed())
+    operators = library.Library(library.build())
+    return Machine(
+        cpu=cpu_name(),
+        cores=cores,
+        read_gb=read_speed(cores),
+        gflops=multiply_speed(),
+        instructions=operators.instructions(),
+    )
 
 
 def read_speed(threads: int) -> float:
@@ -94,7 +102,7 @@ def cpu_name() -> str:
 def describe(machine: Machine) -> str:
     """One sentence about it."""
     return (
-        f"{machine.cpu}, {machine.cores} cores: reads {machine.read_gb:.1f} GB/s, "
+        f"{machine.cpu}, {machine.cores} cores, {machine.instructions}: reads {machine.read_gb:.1f} GB/s, "
         f"multiplies float32 at {machine.gflops:.0f} GFLOP/s"
     )
 

@@ -1,6 +1,7 @@
 """Puts the latest measurements into the documents: ``python -m benchmarks.publish``, after the benchmarks themselves.
 
 A table stands between two marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``, and only what is between them is replaced.
+Some tables stand there a second time, from a CPU without AVX-512; the README and the picture are of one with it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.report import Comparison
+from kernels import library
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
 # Marks in the document, each with a file in output/bench
 TABLES = ("latest", "steps", "agent", "operators", "onednn", "quality", "busy", "ranks", "streaming")
+WITHOUT_AVX512 = {"latest": "latest-without-avx512", "steps": "steps-without-avx512"}
 READMES = {
     "README.md": (
         "at a time",
@@ -72,14 +75,15 @@ def replaced(text: str, mark: str, content: str) -> str:
 def main() -> int:
     """Replace what there are results for; say what there are none for."""
     argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__.splitlines()[0]).parse_args()
+    avx512 = library.Library(library.build()).instructions().startswith("AVX-512")
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in TABLES:
+    for name, mark in ({name: name for name in TABLES} if avx512 else WITHOUT_AVX512).items():
         if (file := report.FOLDER / f"{name}.md").exists():
-            text = replaced(text, name, file.read_text(encoding="utf-8"))
+            text = replaced(text, mark, file.read_text(encoding="utf-8"))
         else:
             print(f"{name}: not measured, left as it is")
     DOCUMENT.write_text(text, encoding="utf-8")
-    if (report.FOLDER / "latest.json").exists():
+    if avx512 and (report.FOLDER / "latest.json").exists():
         comparison = report.read()
         shutil.copyfile(report.FOLDER / "latest.svg", PICTURE)
         for name, words in READMES.items():

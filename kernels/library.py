@@ -141,7 +141,8 @@ class Library:
         """Load the library that ``build`` made."""
         self.file = file
         self._handle = ctypes.CDLL(str(file))
-        self._handle.native_last_error.restype = ctypes.c_char_p
+        for function in (self._handle.native_last_error, self._handle.native_instructions):
+            function.restype = ctypes.c_char_p
 
     def set_threads(self, threads: int) -> None:
         """Threads of every operator from now on.
@@ -160,6 +161,11 @@ class Library:
         """Let them, where they can, or not."""
         self._handle.native_use_tiles(ctypes.c_int(on))
 
+    def instructions(self) -> str:
+        """What it was compiled for: ``AVX-512 VNNI BF16``, ``AVX2``, ``NEON dot products`` …"""
+        name: bytes = self._handle.native_instructions()
+        return name.decode()
+
     def last_error(self) -> str:
         """Why the last operator failed; empty if it did not."""
         text: bytes = self._handle.native_last_error()
@@ -169,8 +175,8 @@ class Library:
 def main() -> int:
     """Build and report; 0 also where that fails, since everything runs without them."""
     try:
-        built = build()
-        print(f"C++ operators: {built}; {TILES[Library(built).tiles()]}")  # noqa: T201
+        built = Library(build())
+        print(f"C++ operators: {built.file}, {built.instructions()}; {TILES[built.tiles()]}")  # noqa: T201
     except BuildError as error:
         print(f"C++ operators: not built: {error}", file=sys.stderr)  # noqa: T201
         loss = "models will run on MindSpore's standard operators, which are ten to twenty times slower"
