@@ -20,6 +20,7 @@
 #define NATIVE_BYTE_PAIRS 0
 #else
 #define NATIVE_BYTE_DOTS 0
+#define NATIVE_BYTE_PAIRS 0
 #endif
 
 namespace native {
@@ -37,7 +38,7 @@ constexpr uint32_t kSigns = 0x80808080u;
 constexpr uint32_t kSigns = 0;
 #endif
 
-// The code that stands for 0, as add_products() takes codes.
+// The code that stands for 0, as products take codes.
 constexpr int zero_of(Format format) { return format == Format::kQ8 && kSigns != 0 ? 0 : offset_of(format); }
 
 constexpr uint32_t kNibbles = 0x0f0f0f0fu;
