@@ -89,10 +89,10 @@ class RandomWeights:
         return normal(seed, *shape) * np.float32(1.0 if len(shape) == 1 else shape[-1] ** -0.5)
 
     def parameters(self, operators: ModuleType) -> Weights:
-        """The weights by name; None where the network has none."""
+        """What Cells ask for by name; None where the network has nothing of it."""
 
         def weight(name: str) -> Parameter | None:
-            if name not in CONFIG.weight_shapes():
+            if name not in operators.names(CONFIG):
                 return None
             value = operators.read(self, name, "float32")
             return Parameter(Tensor(value), name=name, requires_grad=False)
