@@ -200,7 +200,8 @@ def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
             pieces = response.iter_raw()
             next(pieces)
             started.agents.send(signal.SIGKILL)
-            assert psutil.wait_procs(children, timeout=STOP_SECONDS)[1] == []
+            left = psutil.wait_procs(children, timeout=STOP_SECONDS)[1]
+            assert left == [], [process.cmdline() for process in left]
 
 
 def test_ranks_that_are_sent_different_steps_start_anew(deployment: Serving) -> None:
